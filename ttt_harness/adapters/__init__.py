@@ -1,0 +1,1 @@
+"""LoRA adapters on disk: PEFT directories, and the store that keeps them under the hash of what determines them."""

@@ -1,0 +1,134 @@
+"""The adapter store: PEFT directories named by a hash of everything that determines them.
+
+An adapter is written into a hidden folder beside its place and renamed into it, so that a reader never meets half of
+one, and two writers of the same adapter do not disturb each other. Next to PEFT's two files stands `ttt.json`, the
+record of the fit, with the checksum that tells a damaged adapter.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from ttt_harness.errors import StoreError
+
+RECORD_NAME = "ttt.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in the store: its key, its PEFT directory, and the record of its fit."""
+
+    key: str
+    path: Path
+    record: Mapping[str, Any]
+
+
+def adapter_key(determinants: Mapping[str, Any]) -> str:
+    """The name of the adapter that `determinants` (JSON values) lead to: 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def fingerprint(model_dir: Path) -> str:
+    """A hash of a base model's config and weights, by content: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
+        digest.update(path.name.encode() + b"\0")
+        target = path.resolve().name
+        if len(target) == 64 and all(c in "0123456789abcdef" for c in target):
+            digest.update(target.encode())  # the hub's cache names its files by their sha256
+        else:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class AdapterStore:
+    """Adapters under one folder, which is made when the first is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def load(self, key: str) -> StoredAdapter | None:
+        """Return the adapter named `key`, or None where there is none or it is damaged (with a warning)."""
+        path = self.root / key
+        if not path.is_dir():
+            return None
+        try:
+            record = json.loads((path / RECORD_NAME).read_text())
+            json.loads((path / CONFIG_NAME).read_text())
+            intact = record["sha256"] == _sha256(path / WEIGHTS_NAME)
+        except (OSError, ValueError, KeyError, TypeError):
+            intact = False
+        if not intact:
+            _log.warning("The stored adapter %s is damaged; it is fitted again.", path)
+            return None
+        return StoredAdapter(key, path, record)
+
+    def save(
+        self,
+        key: str,
+        weights: Mapping[str, Tensor],
+        *,
+        base_model: str,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        record: Mapping[str, Any],
+    ) -> StoredAdapter:
+        """Write an adapter and its record under `key`, in the place of a damaged one if there is one.
+
+        Raises:
+            StoreError: the folder cannot be written, or the disk is full; nothing is left behind.
+        """
+        path = self.root / key
+        work: Path | None = None
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{key}-"))
+            write_adapter(work, weights, base_model=base_model, rank=rank, alpha=alpha, dropout=dropout)
+            full_record = {**record, "sha256": _sha256(work / WEIGHTS_NAME)}
+            (work / RECORD_NAME).write_text(json.dumps(full_record, indent=2) + "\n")
+            _sync(work)
+            work.chmod(0o755)
+            try:
+                work.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                if self.load(key) is None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    work.rename(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StoreError(
+                f"the adapter {key} could not be written to {self.root} ({reason}); "
+                "free space there or choose another folder with adapter_dir=."
+            ) from error
+        finally:
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)
+        return StoredAdapter(key, path, full_record)
+
+
+def _sync(folder: Path) -> None:
+    """Make the disk write what was written, so that a full one is noticed before the rename."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,177 @@
+"""The settings of a run: two frozen dataclasses, checked at construction, in which every default stands once.
+
+`TTTConfig` holds the model arguments of `ttt_vllm` (how an adapter is fitted), `TaskSettings` the metadata keys of a
+task (which demonstrations, which prompts). Both are built with `from_mapping`, which takes what lm-eval's parser made
+of the command line. Components take flat values from here, never these objects.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from ttt_harness.errors import ConfigError
+
+# vLLM's own list (vllm.config.lora.MaxLoRARanks), repeated here so that a wrong rank is refused before vLLM loads.
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# Learning rate and epochs of each method, as published (Akyürek et al., arXiv 2411.07279, and its code Fewshot-TTT).
+PUBLISHED_FIT: dict[str, dict[str, float]] = {
+    "ttt": {"lr": 1e-4, "epochs": 1},
+    "shared_ttt": {"lr": 5e-5, "epochs": 1},
+    "e2e": {"lr": 1e-4, "epochs": 4},
+    "shared_e2e": {"lr": 5e-5, "epochs": 6},
+    "icl": {"lr": 0.0, "epochs": 0},
+}
+METHODS = tuple(PUBLISHED_FIT)
+LOSS_ON = ("outputs", "all", "last")
+GENERATION_BUDGETS = ("full", "published")
+
+
+def cache_dir() -> Path:
+    """The folder for everything that can be made again: `$TTT_CACHE_DIR`, else `ttt_harness` in the user's cache."""
+    if chosen := os.environ.get("TTT_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttt_harness"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as " Did you mean 'lr'?" for a mistyped name, or nothing where no known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def _rule(kind: type, rule: str, allowed: Any) -> Any:
+    """Dataclass field metadata: the type, the rule in words, and the function or tuple that decides."""
+    return {"kind": kind, "rule": rule, "allowed": allowed}
+
+
+def _one_of(values: tuple[str, ...]) -> Any:
+    return _rule(str, "one of " + ", ".join(values), values.__contains__)
+
+
+_COUNT = _rule(int, "a whole number of at least 1", lambda v: v >= 1)
+_SEED = _rule(int, "a whole number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+_YES_NO = _rule(bool, "true or false", lambda v: True)
+
+
+def _convert(value: Any, kind: type) -> Any:
+    """Read a command-line value as `kind`; ValueError where that would change it (1.5 is no int, 'yes' no bool)."""
+    if kind is bool:
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            return value.strip().lower() == "true"
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+    elif kind is int:
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            return int(value)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif kind is float:
+        if not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind):
+        return value
+    raise ValueError
+
+
+class _Settings:
+    """What the two dataclasses share: conversion and check of each field by the rule in its metadata."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, rule = getattr(self, f.name), f.metadata
+            if not rule or (value is None and f.default is None):
+                continue
+            try:
+                converted = _convert(value, rule["kind"])
+                ok = rule["allowed"](converted)
+            except (TypeError, ValueError, OverflowError):
+                ok = False
+            if not ok:
+                raise ConfigError(f"{f.name}={value!r} is not allowed: it must be {rule['rule']}.")
+            object.__setattr__(self, f.name, converted)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the settings, in order."""
+        return tuple(f.name for f in fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Build the settings from those of `values` that belong to them; the others are left alone."""
+        return cls(**{name: values[name] for name in cls.names() if name in values})
+
+
+@dataclass(frozen=True)
+class TTTConfig(_Settings):
+    """How adapters are fitted: the model arguments of `ttt_vllm` besides those of lm-eval's `vllm` model.
+
+    `lr` and `epochs` default to the method's published values (`PUBLISHED_FIT`). The rest of the defaults are the
+    published hyperparameters of the `ttt` method.
+
+    Raises:
+        ConfigError: a value that is not allowed; the message says which are.
+    """
+
+    method: str = field(default="ttt", metadata=_one_of(METHODS))
+    loss_on: str = field(default="outputs", metadata=_one_of(LOSS_ON))
+    num_permutations: int = field(default=40, metadata=_COUNT)
+    shuffle: bool = field(default=True, metadata=_YES_NO)
+    fit_batch_size: int = field(default=5, metadata=_COUNT)
+    epochs: int | None = field(default=None, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
+    lr: float | None = field(default=None, metadata=_rule(float, "a number from 0 to 1", lambda v: 0 <= v <= 1))
+    warmup_ratio: float = field(default=0.1, metadata=_rule(float, "a number from 0 to 1", lambda v: 0 <= v <= 1))
+    lora_rank: int = field(
+        default=64,
+        metadata=_rule(int, f"a whole number from 1 to {VLLM_LORA_RANKS[-1]}", lambda v: 1 <= v <= VLLM_LORA_RANKS[-1]),
+    )
+    lora_alpha: float = field(default=64, metadata=_rule(float, "a number above 0", lambda v: 0 < v < float("inf")))
+    lora_dropout: float = field(
+        default=0.05, metadata=_rule(float, "a number from 0 to less than 1", lambda v: 0 <= v < 1)
+    )
+    seed: int = field(default=42, metadata=_SEED)
+    k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
+    adapter_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        published = PUBLISHED_FIT[self.method]
+        if self.lr is None:
+            object.__setattr__(self, "lr", float(published["lr"]))
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", int(published["epochs"]))
+        if self.method != "icl" and self.k == 0:
+            raise ConfigError(
+                f"k=0 is not allowed with method={self.method}: an adapter is fitted on demonstrations; "
+                "set k to at least 1, or method=icl for a zero-shot run."
+            )
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The smallest rank that vLLM can reserve for an adapter of `lora_rank`."""
+        return next(rank for rank in VLLM_LORA_RANKS if rank >= self.lora_rank)
+
+    @property
+    def adapter_store(self) -> Path:
+        """The folder in which adapters are kept."""
+        return Path(self.adapter_dir).expanduser() if self.adapter_dir else cache_dir() / "adapters"
+
+
+@dataclass(frozen=True)
+class TaskSettings(_Settings):
+    """Which demonstrations a task draws and how it asks: the metadata keys of a YAML, `--metadata` or `--model_args`.
+
+    Raises:
+        ConfigError: a value that is not allowed; the message says which are.
+    """
+
+    k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
+    seed: int = field(default=42, metadata=_SEED)
+    vote_permutations: int = field(
+        default=1, metadata=_rule(int, "a whole number from 1 to 1000", lambda v: 1 <= v <= 1000)
+    )
+    leave_one_out: bool = field(default=False, metadata=_YES_NO)
+    generation_budget: str = field(default="full", metadata=_one_of(GENERATION_BUDGETS))

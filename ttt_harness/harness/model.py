@@ -1,0 +1,430 @@
+"""`TTTVLLM`: lm-eval's `vllm` model with test-time training, known to lm-eval as `ttt_vllm`.
+
+Requests are grouped by task and by the support set that they carry. For each support set an adapter is fitted, or
+taken from the store; vLLM then answers its requests with that adapter. All support sets are prepared and checked
+before any model is loaded. With `method=icl` nothing is fitted, and the class does what lm-eval's `vllm` does.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from lm_eval.api.instance import Instance
+from lm_eval.models import vllm_causallms
+from vllm.engine.arg_utils import EngineArgs
+
+from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
+from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest
+from ttt_harness.data.sequences import SupportSet, TrainingSequence, in_context_sequences, single_pair_sequences
+from ttt_harness.embedded import embedded_model_path
+from ttt_harness.errors import ConfigError, DataError, ModelError
+from ttt_harness.harness.progress import RunProgress
+from ttt_harness.harness.task import support_set_of
+from ttt_harness.serving.engine import Engine, default_engine_args, lora_request
+from ttt_harness.training.checkpoint import ModelShape, read_config
+from ttt_harness.training.trainer import Trainer
+
+# Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
+FIT_VERSION = 1
+# A token that is trained on costs about as much as this many that are only read (forward, and half of backward).
+FIT_COST = 2.5
+
+# For the time left only: the prefix cache spares most of a prompt, so 40 characters of it cost about one token.
+CHARACTERS_PER_TOKEN = 40
+# Enough of a text to tell a model with an adapter from one without.
+PROBE_TOKENS = 32
+# Metadata of the tasks that come with this package and draw their own data; they may stand in --model_args too.
+DATA_KEYS = ("num_examples", "data_seed")
+
+_log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
+
+
+@dataclass
+class _Group:
+    """The requests of one task, by their positions, and the adapter that they are answered with (None: none)."""
+
+    task: str
+    support: SupportSet | None
+    indices: list[int]
+    sequences: Sequence[TrainingSequence] = ()
+    key: str | None = None
+
+
+class TTTVLLM(vllm_causallms.VLLM):
+    """lm-eval's `vllm` model that fits a LoRA adapter on each task's demonstrations before it answers.
+
+    Args:
+        pretrained: a model directory in the hub's layout, a name on the hub, or `embedded`.
+        dtype: of the weights, fitted and served alike; `auto` is bfloat16, or float32 on a CPU that lacks it.
+        **model_args: the fields of `TTTConfig`, the arguments of lm-eval's `vllm` model, and those of vLLM's engine.
+            Task metadata keys may stand here too; lm-eval hands them to the tasks.
+
+    Raises:
+        ConfigError: an argument is unknown or has a value that is not allowed.
+        ModelError: the model is missing, damaged or not supported.
+    """
+
+    def __init__(self, pretrained: str | None = None, dtype: str = "auto", **model_args: Any) -> None:
+        if pretrained is None:
+            raise ConfigError("pretrained is missing: name a model with --model_args pretrained=..., e.g. pretrained=embedded.")
+        _refuse_unknown(model_args)
+        self.ttt_config = config = TTTConfig.from_mapping(model_args)
+        if int(model_args.get("data_parallel_size", 1)) != 1:
+            raise ConfigError("data_parallel_size is not supported by ttt_vllm yet; leave it out.")
+        self.model_dir = _model_dir(str(pretrained), model_args.get("revision"))
+        hf_config = read_config(self.model_dir)
+        self._fits = config.method != "icl"
+        if self._fits:
+            self._shape = ModelShape.from_config(hf_config, where=str(self.model_dir))
+        own = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS} - {"seed"}
+        engine_args = default_engine_args()
+        if dtype != "auto":
+            engine_args["dtype"] = dtype
+        engine_args |= {name: value for name, value in model_args.items() if name not in own}
+        engine_args["seed"] = config.seed
+        engine_args.pop("revision", None)  # model_dir is that revision already
+        if self._fits:
+            engine_args["enable_lora"] = True
+            engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
+        # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
+        llm, vllm_causallms.LLM = vllm_causallms.LLM, Engine
+        try:
+            super().__init__(pretrained=str(self.model_dir), **engine_args)
+        finally:
+            vllm_causallms.LLM = llm
+        self.store = AdapterStore(config.adapter_store)
+        self._trainer: Trainer | None = None
+        self._fingerprint: str | None = None
+        self._adapters: dict[str, StoredAdapter] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+
+    # What lm-eval calls
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+        """Generate greedily, each request with the adapter of its support set."""
+        return self._answer(requests, super().generate_until)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
+        """Score continuations, each request with the adapter of its support set."""
+        return self._answer(requests, super().loglikelihood)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts; only with `method=icl`, since such tasks have no demonstrations."""
+        if self._fits:
+            raise DataError(
+                f"{requests[0].task_name} scores whole texts (loglikelihood_rolling) and has no demonstrations to fit on; "
+                "evaluate it with method=icl."
+            )
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As in lm-eval's class; only with `method=icl`, since the training texts do not follow a template yet."""
+        if self._fits:
+            raise ConfigError(
+                f"--apply_chat_template is not supported with method={self.ttt_config.method} yet; "
+                "leave it out or use method=icl."
+            )
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """lm-eval calls this for `--use_cache`, which is refused.
+
+        Its cache knows a request by its prompt alone, so a second setting would get the first one's answers.
+        """
+        if cache_hook.dbdict is not None:
+            raise ConfigError(
+                "--use_cache is not allowed with ttt_vllm: lm-eval's cache knows an answer by its prompt, not by the "
+                "adapter that gave it; leave it out (fitted adapters are kept and reused without it)."
+            )
+        super().set_cache_hook(cache_hook)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval adds to `config` in its results: the settings, and for each task the cost of its stages."""
+        settings = {name: value for name, value in asdict(self.ttt_config).items() if name != "adapter_dir"}
+        packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
+        return {
+            "ttt": {
+                "settings": settings | {"model_dir": str(self.model_dir), "dtype": str(self._dtype).removeprefix("torch.")},
+                "tasks": self._records,
+                "versions": {name: version(name) for name in packages},
+            }
+        }
+
+    # The run
+
+    def _answer(self, requests: list[Instance], answer: Callable[..., list[_Answer]]) -> list[_Answer]:
+        """Answer `requests` group by group with lm-eval's method `answer`; the answers come in the requests' order."""
+        groups = self._plan(requests)
+        to_fit = {group.key: group.sequences for group in groups if group.key and self._stored(group.key) is None}
+        fit_work = FIT_COST * sum(self._fit_tokens(sequences) for sequences in to_fit.values())
+        read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
+        answers: list[Any] = [None] * len(requests)
+        with RunProgress(fit_work + sum(read_work.values())) as progress:
+            for position, group in enumerate(groups, 1):
+                where = f"{group.task} ({position}/{len(groups)})"
+                adapter = self._adapter(group, progress, where) if group.key else None
+                progress.say(f"{where}: answering {len(group.indices)} requests")
+                self._serve_with(adapter, group)
+                start = time.perf_counter()
+                values = answer([requests[index] for index in group.indices], disable_tqdm=True)
+                seconds = time.perf_counter() - start
+                for index, value in zip(group.indices, values, strict=True):
+                    answers[index] = value
+                progress.advance(read_work[group.task], where)
+                self._records.setdefault(group.task, {"adapter": None}).update(
+                    requests=len(group.indices), generate_seconds=round(seconds, 3)
+                )
+        return answers
+
+    def _plan(self, requests: list[Instance]) -> list[_Group]:
+        """Group the requests by task, and prepare and check what each group will be fitted on.
+
+        Raises:
+            ConfigError, DataError: a task has no support set, an empty one, or one that does not fit the context.
+        """
+        by_task: dict[str, _Group] = {}
+        for index, request in enumerate(requests):
+            if request.task_name not in by_task:
+                support = support_set_of(request) if self._fits else None
+                by_task[request.task_name] = _Group(request.task_name, support, [])
+            by_task[request.task_name].indices.append(index)
+        groups = list(by_task.values())
+        for group in groups:
+            longest = max((requests[index].args[0] for index in group.indices), key=len)
+            self._check_length(len(self.tok_encode(longest)) + 1, f"{group.task}: a prompt and its answer")
+            if group.support is not None:
+                group.sequences = self._sequences(group.task, group.support)
+        if self._fits:
+            if self.ttt_config.method.startswith("shared_"):
+                together = [sequence for group in groups for sequence in group.sequences]
+                for group in groups:
+                    group.sequences = together
+            keys = {id(group.sequences): self._key(group.sequences) for group in groups}
+            for group in groups:
+                group.key = keys[id(group.sequences)]
+        return groups
+
+    def _sequences(self, task: str, support: SupportSet) -> list[TrainingSequence]:
+        """The training sequences of one support set, each within the context window."""
+        config = self.ttt_config
+        if not support.demonstrations:
+            raise ConfigError(
+                f"k=0 is not allowed for {task} with method={config.method}: an adapter is fitted on demonstrations; "
+                "set k to at least 1, or use method=icl."
+            )
+        try:
+            if config.method.endswith("e2e"):
+                sequences = single_pair_sequences(support, self._encode, loss_on=config.loss_on)
+            else:
+                sequences = in_context_sequences(
+                    support,
+                    self._encode,
+                    num_permutations=config.num_permutations,
+                    shuffle=config.shuffle,
+                    seed=config.seed,
+                    loss_on=config.loss_on,
+                )
+        except DataError as error:
+            raise DataError(f"{task}: {error}") from None
+        self._check_length(max(len(sequence.tokens) for sequence in sequences), f"{task}: a training sequence")
+        return sequences
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if tokens > self.max_length:
+            raise DataError(
+                f"{what} has {tokens} tokens, but the context window holds {self.max_length}; "
+                "use a smaller k, or a model (or max_model_len) with a longer window."
+            )
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokenize as lm-eval's class tokenizes prompts, with the characters that each token stands for."""
+        if not self.tokenizer.is_fast:
+            raise ModelError(
+                f"the tokenizer of {self.model_dir} tells no offsets, which fitting needs; "
+                "convert it to a fast one (tokenizer.json), or use method=icl."
+            )
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        encoding = self.tokenizer(text, return_offsets_mapping=True, **special)
+        if encoding.input_ids != self.tok_encode(text):
+            raise ModelError(f"the tokenizer of {self.model_dir} gives training texts other tokens than prompts.")
+        return encoding.input_ids, encoding.offset_mapping
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.llm_engine.model_config.dtype
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _key(self, sequences: Sequence[TrainingSequence]) -> str:
+        """The name of the adapter that is fitted on `sequences` with this run's settings."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model_dir)
+        ids = hashlib.sha256(json.dumps([(s.tokens, s.labelled) for s in sequences]).encode()).hexdigest()
+        config = self.ttt_config
+        return adapter_key(
+            {
+                "fit_version": FIT_VERSION,
+                "base_model": self._fingerprint,
+                "sequences": ids,
+                "dtype": str(self._dtype),
+                "device": self._device,
+                "rank": config.lora_rank,
+                "alpha": config.lora_alpha,
+                "dropout": config.lora_dropout,
+                "fit": self._fit_arguments(),
+            }
+        )
+
+    def _fit_arguments(self) -> dict[str, Any]:
+        config = self.ttt_config
+        return {
+            "batch_size": config.fit_batch_size,
+            "epochs": config.epochs,
+            "lr": config.lr,
+            "warmup_ratio": config.warmup_ratio,
+            "seed": config.seed,
+        }
+
+    def _fit_tokens(self, sequences: Sequence[TrainingSequence]) -> int:
+        return self._fit_arguments()["epochs"] * sum(len(sequence.tokens) for sequence in sequences)
+
+    def _stored(self, key: str) -> StoredAdapter | None:
+        """The adapter named `key`, if it is there; it is read from the store once in a run."""
+        if key not in self._adapters and (stored := self.store.load(key)):
+            self._adapters[key] = stored
+        return self._adapters.get(key)
+
+    def _adapter(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
+        """The group's adapter, fitted and stored now if it is not there."""
+        assert group.key is not None
+        adapter, reused = self._stored(group.key), True
+        if adapter is None:
+            reused = False
+            adapter = self._adapters[group.key] = self._fit(group, progress, where)
+        record = adapter.record
+        self._records[group.task] = {
+            "adapter": str(adapter.path),
+            "reused": reused or any(r["adapter"] == str(adapter.path) for r in self._records.values()),
+            "train_sequences": record["train_sequences"],
+            "train_tokens": record["train_tokens"],
+            "losses": record["losses"],
+            "first_loss": record["losses"][0] if record["losses"] else None,
+            "last_loss": record["losses"][-1] if record["losses"] else None,
+            "fit_seconds": record["fit_seconds"],
+        }
+        return adapter
+
+    def _fit(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
+        assert group.key is not None
+        config = self.ttt_config
+        if self._trainer is None:
+            progress.say(f"{where}: loading the base model")
+            self._trainer = Trainer(
+                self.model_dir,
+                self._shape,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        progress.say(f"{where}: fitting")
+        work = FIT_COST * self._fit_tokens(group.sequences)
+        result = self._trainer.fit(
+            group.sequences,
+            **self._fit_arguments(),
+            on_step=lambda done, steps, loss: progress.advance(
+                work / steps, f"{where}: fitting, step {done}/{steps}, loss {loss:.3f}"
+            ),
+        )
+        return self.store.save(
+            group.key,
+            result.weights,
+            base_model=str(self.model_dir),
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            record={
+                "task": group.task,
+                "settings": {name: value for name, value in asdict(config).items() if name != "adapter_dir"},
+                "dtype": str(self._dtype).removeprefix("torch."),
+                "train_sequences": len(group.sequences),
+                "train_tokens": result.tokens,
+                "losses": [round(loss, 6) for loss in result.losses],
+                "fit_seconds": round(result.seconds, 3),
+            },
+        )
+
+    def _serve_with(self, adapter: StoredAdapter | None, group: _Group) -> None:
+        """Have the next requests answered with `adapter`, after a check that vLLM applies it."""
+        if adapter is None:
+            self.lora_request = None
+            return
+        number = list(self._adapters).index(adapter.key) + 1
+        self.lora_request = lora_request(number, adapter.key, adapter.path)
+        changes = self.model.changes_output(self.lora_request, group.sequences[0].tokens[:PROBE_TOKENS])
+        self._records[group.task]["changes_output"] = changes
+        if not changes:
+            _log.warning(
+                "%s: the adapter %s does not change the model's output; lr=%s and epochs=%s may be too small.",
+                group.task,
+                adapter.path,
+                self.ttt_config.lr,
+                self.ttt_config.epochs,
+            )
+
+
+def _characters(requests: Sequence[Instance], group: _Group) -> int:
+    return sum(len(requests[index].args[0]) for index in group.indices)
+
+
+def _refuse_unknown(model_args: dict[str, Any]) -> None:
+    """Refuse an argument that is neither ours, nor lm-eval's, nor vLLM's."""
+    lm_eval_args = set(inspect.signature(vllm_causallms.VLLM.__init__).parameters) - {"self", "kwargs"}
+    known = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS, *lm_eval_args, "device"}
+    known |= {field.name for field in fields(EngineArgs)}
+    for name in model_args:
+        if name not in known:
+            raise ConfigError(f"{name} is not a model argument of ttt_vllm, of lm-eval's vllm or of vLLM.{nearest(name, known)}")
+
+
+def _max_lora_rank(config: TTTConfig, asked: Any) -> int:
+    """The rank that vLLM reserves: the smallest that holds `lora_rank`, or what the user asks for."""
+    if asked is None:
+        return config.max_lora_rank
+    if asked not in VLLM_LORA_RANKS or asked < config.lora_rank:
+        allowed = [rank for rank in VLLM_LORA_RANKS if rank >= config.lora_rank]
+        raise ConfigError(
+            f"max_lora_rank={asked!r} is not allowed: vLLM takes one of {', '.join(map(str, allowed))} "
+            f"for lora_rank={config.lora_rank}."
+        )
+    return asked
+
+
+def _model_dir(pretrained: str, revision: str | None) -> Path:
+    """The local directory of a model: itself, the embedded one, or the hub's, downloaded if it is not in the cache."""
+    if pretrained == "embedded":
+        return embedded_model_path()
+    path = Path(pretrained).expanduser()
+    if path.exists() or path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") != 1:
+        return path
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds, and those of its transport
+        raise ModelError(
+            f"pretrained={pretrained} is no local directory, and could not be fetched from the hub "
+            f"({type(error).__name__}); check the name and the network, or give a local directory."
+        ) from None

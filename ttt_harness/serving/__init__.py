@@ -1,0 +1,1 @@
+"""vLLM: starting the engine, generating and scoring with an adapter, and LoRA kernels for the CPU."""

@@ -1,0 +1,113 @@
+"""The vLLM engine: its defaults on this machine, its late start, and requests with an adapter.
+
+lm-eval's `VLLM` class starts an engine as soon as it is made. `Engine` stands in the engine's place there and starts
+it at the first request, so that everything that can be wrong with a run is found before a model is loaded.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+
+from ttt_harness.errors import ModelError
+
+_log = logging.getLogger(__name__)
+
+
+def has_native_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX512-BF16 or AMX); without, bfloat16 is 7 times slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def default_engine_args() -> dict[str, Any]:
+    """What the engine is started with where the user says nothing."""
+    args: dict[str, Any] = {"enable_prefix_caching": True}
+    if current_platform.is_cpu():
+        args |= {
+            "dtype": "bfloat16" if has_native_bf16() else "float32",
+            "enforce_eager": True,  # compiling costs more than a run
+            # The prefix cache keeps whole blocks only; with vLLM's 128 tokens much of a prompt is computed again.
+            "block_size": 32,
+        }
+    return args
+
+
+class Engine:
+    """A vLLM `LLM` that is started by its first request.
+
+    Args:
+        engine_args: what `LLM` takes.
+    """
+
+    def __init__(self, **engine_args: Any) -> None:
+        self.engine_args = engine_args
+        self._llm: LLM | None = None
+        self._model_config: ModelConfig | None = None
+
+    @property
+    def llm_engine(self) -> Any:
+        """What lm-eval reads `model_config` from; does not start the engine."""
+        if self._model_config is None:
+            try:
+                self._model_config = EngineArgs(**self.engine_args).create_model_config()
+            except Exception as error:
+                raise ModelError(f"vLLM refuses these model arguments: {_reason(error)}.") from error
+        return SimpleNamespace(model_config=self._model_config)
+
+    @property
+    def llm(self) -> LLM:
+        """The running engine, started if it is not.
+
+        Raises:
+            ModelError: vLLM cannot start it.
+        """
+        if self._llm is None:
+            _log.info("Starting vLLM ...")
+            try:
+                self._llm = LLM(**self.engine_args)
+            except Exception as error:
+                raise ModelError(f"vLLM could not start: {_reason(error)}.") from error
+        return self._llm
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: Sequence[SamplingParams] | SamplingParams,
+        use_tqdm: bool = False,  # noqa: ARG002 - lm-eval passes it; the run has one progress display of its own
+        lora_request: LoRARequest | None = None,
+    ) -> list[RequestOutput]:
+        """Answer `prompts` in order, all with the same adapter or none."""
+        return self.llm.generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
+
+    def changes_output(self, adapter: LoRARequest, prompt: Sequence[int]) -> bool:
+        """Whether `adapter` changes the likeliest next tokens, or their log-probabilities, after `prompt`."""
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, detokenize=False)
+        seen = []
+        for request in (None, adapter):
+            output = self.generate([{"prompt_token_ids": list(prompt)}], params, lora_request=request)
+            (likeliest,) = output[0].outputs[0].logprobs
+            seen.append({token: entry.logprob for token, entry in likeliest.items()})
+        return seen[0] != seen[1]
+
+
+def lora_request(number: int, name: str, path: Path) -> LoRARequest:
+    """A request's adapter. `number` (from 1) and `name` are its own, for vLLM's caches know it by them."""
+    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+
+
+def _reason(error: Exception) -> str:
+    """The last telling line of an exception of vLLM's, whose messages run over many."""
+    errors = getattr(error, "errors", None)
+    if callable(errors):  # pydantic
+        return "; ".join(str(item.get("msg", item)) for item in errors())
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

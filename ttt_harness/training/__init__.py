@@ -1,0 +1,1 @@
+"""torchtune: loading a base model, and fitting LoRA adapters on it."""

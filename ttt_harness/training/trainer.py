@@ -1,0 +1,178 @@
+"""The LoRA loop: fits one adapter after the other on a base model that is loaded once.
+
+A fit does what torchtune's `lora_finetune_single_device` recipe does (AdamW, cosine schedule with warm-up, mean
+cross-entropy over the labelled tokens of a batch), with logits for the labelled positions only, and batches cut into
+micro-batches that add up to the same gradient.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchtune.modules.peft import get_adapter_params
+from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
+
+from ttt_harness.data.sequences import TrainingSequence
+from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
+
+# torchtune's value for LoRA fine-tuning, which the published fits use.
+WEIGHT_DECAY = 0.01
+# Tokens that pass through the model at once. On a CPU one sequence keeps the activations small; on a GPU more pays.
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted adapter: PEFT name -> tensor on the CPU; the loss of each step; tokens seen; wall-clock seconds."""
+
+    weights: dict[str, Tensor]
+    losses: list[float]
+    tokens: int
+    seconds: float
+
+
+class Trainer:
+    """A base model with LoRA layers, which `fit` trains from scratch each time it is called."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        shape: ModelShape,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self.model = load_base_model(
+            model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
+        )
+        self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
+
+    def fit(
+        self,
+        sequences: Sequence[TrainingSequence],
+        *,
+        batch_size: int,
+        epochs: int,
+        lr: float,
+        warmup_ratio: float,
+        seed: int,
+        on_step: OnStep | None = None,
+    ) -> FitResult:
+        """Fit an adapter on `sequences`; the same arguments on the same machine give the same adapter.
+
+        Args:
+            sequences: what to train on; each is seen once an epoch, in an order drawn with `seed`.
+            batch_size: sequences to an optimiser step.
+            epochs: passes over the sequences; 0 leaves the adapter without effect.
+            lr: peak learning rate.
+            warmup_ratio: the learning rate rises from 0 over the first floor(warmup_ratio * steps) steps.
+            seed: of LoRA's initial weights, the dropout and the order of the sequences.
+            on_step: called after each step with (steps done, steps in all, loss).
+        """
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []):
+            torch.manual_seed(seed)
+            self._reset()
+            batches = list(_batches(sequences, batch_size=batch_size, epochs=epochs, seed=seed))
+            optimizer = torch.optim.AdamW(self.adapter.values(), lr=lr, weight_decay=WEIGHT_DECAY)
+            schedule = get_cosine_schedule_with_warmup(
+                optimizer, num_warmup_steps=math.floor(warmup_ratio * len(batches)), num_training_steps=len(batches)
+            )
+            losses: list[float] = []
+            for batch in batches:
+                losses.append(self._backward(batch))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                if on_step:
+                    on_step(len(losses), len(batches), losses[-1])
+        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.adapter.items()}
+        return FitResult(
+            weights=FAMILIES[self.shape.architecture].to_peft(trained, self.shape),
+            losses=losses,
+            tokens=epochs * sum(len(sequence.tokens) for sequence in sequences),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _reset(self) -> None:
+        """Forget the last adapter: LoRA's initial weights, under which the model is the base model."""
+        self.model.train()
+        for module in self.model.modules():
+            if hasattr(module, "adapter_params"):
+                module.initialize_parameters()
+
+    def _backward(self, batch: Sequence[TrainingSequence]) -> float:
+        """Add up the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
+        labels = sum(sum(sequence.labelled) for sequence in batch)
+        total = 0.0
+        for part in _micro_batches(batch, MICRO_BATCH_TOKENS[torch.device(self.device).type]):
+            tokens, labelled = _pad(part, self.device)
+            logits = labelled_logits(self.model, tokens, labelled)
+            loss = functional.cross_entropy(logits, tokens[labelled], reduction="sum") / labels
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def labelled_logits(model: nn.Module, tokens: Tensor, labelled: Tensor) -> Tensor:
+    """The logits that predict the labelled tokens, and no others.
+
+    Args:
+        model: a torchtune `TransformerDecoder`.
+        tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
+        labelled: [batch, tokens], True where the token is to be predicted; False at the first token.
+
+    Returns:
+        float32 logits of shape [labelled tokens, vocabulary], in the order of `tokens[labelled]`.
+    """
+    hidden = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        hidden = layer(hidden)
+    # The state before a token predicts it.
+    return model.output(model.norm(hidden[:, :-1][labelled[:, 1:]])).float()
+
+
+def _batches(
+    sequences: Sequence[TrainingSequence], *, batch_size: int, epochs: int, seed: int
+) -> Iterator[list[TrainingSequence]]:
+    rng = random.Random(seed)
+    for _ in range(epochs):
+        order = rng.sample(range(len(sequences)), len(sequences))
+        for start in range(0, len(order), batch_size):
+            yield [sequences[index] for index in order[start : start + batch_size]]
+
+
+def _micro_batches(batch: Sequence[TrainingSequence], max_tokens: int) -> Iterator[list[TrainingSequence]]:
+    """Cut a batch into parts of at most `max_tokens` padded tokens, or of one sequence that is longer."""
+    part: list[TrainingSequence] = []
+    for sequence in batch:
+        longest = max(len(s.tokens) for s in [*part, sequence])
+        if part and longest * (len(part) + 1) > max_tokens:
+            yield part
+            part = []
+        part.append(sequence)
+    yield part
+
+
+def _pad(part: Sequence[TrainingSequence], device: str) -> tuple[Tensor, Tensor]:
+    """Token ids and labels of shape [sequences, longest], padded on the right with token 0, unlabelled."""
+    longest = max(len(sequence.tokens) for sequence in part)
+    tokens = torch.zeros((len(part), longest), dtype=torch.long)
+    labelled = torch.zeros((len(part), longest), dtype=torch.bool)
+    for row, sequence in enumerate(part):
+        tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+        labelled[row, : len(sequence.tokens)] = torch.tensor(sequence.labelled)
+    return tokens.to(device), labelled.to(device)
