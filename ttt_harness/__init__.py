@@ -1,7 +1,7 @@
 """Test-time training for language models, as an extension of lm-evaluation-harness.
 
-The public names are loaded on first use: importing the package imports neither torch nor vLLM nor lm-eval, because
-the start-up hook (`ttt_harness.plugin`) runs in every Python process of the environment.
+The public names are loaded on first use: importing the package imports neither torch nor vLLM nor lm-eval, so that the
+bridge to lm-eval (`ttt_harness.plugin`) costs next to nothing.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -54,7 +54,7 @@ def _one_of(values: tuple[str, ...]) -> Any:
 
 _COUNT = _rule(int, "a whole number of at least 1", lambda v: v >= 1)
 _SEED = _rule(int, "a whole number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
-_YES_NO = _rule(bool, "true or false", lambda v: True)
+_YES_NO = _rule(bool, "true or false", lambda _: True)
 
 
 def _convert(value: Any, kind: type) -> Any:

@@ -110,7 +110,9 @@ def tokenize(annotated: AnnotatedText, encode: Encode, *, loss_on: str) -> Train
     keep = next((index for index, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
     labelled = label_mask(offsets[:keep], annotated.answers, loss_on=loss_on)
     if not any(labelled):
-        raise DataError(f"no token to train on (loss_on={loss_on}): the answers of the demonstrations tokenize to nothing.")
+        raise DataError(
+            f"no token to train on (loss_on={loss_on}): the answers of the demonstrations tokenize to nothing."
+        )
     return TrainingSequence(tuple(ids[:keep]), tuple(labelled))
 
 
@@ -119,7 +121,9 @@ def in_context_sequences(
 ) -> list[TrainingSequence]:
     """The training sequences of test-time training: one for each permutation of the demonstrations."""
     orders = permutations(len(support.demonstrations), num_permutations, seed=seed, shuffle=shuffle)
-    made = {order: tokenize(in_context_text(support, order), encode, loss_on=loss_on) for order in dict.fromkeys(orders)}
+    made = {
+        order: tokenize(in_context_text(support, order), encode, loss_on=loss_on) for order in dict.fromkeys(orders)
+    }
     return [made[order] for order in orders]
 
 

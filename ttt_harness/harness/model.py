@@ -76,7 +76,9 @@ class TTTVLLM(vllm_causallms.VLLM):
 
     def __init__(self, pretrained: str | None = None, dtype: str = "auto", **model_args: Any) -> None:
         if pretrained is None:
-            raise ConfigError("pretrained is missing: name a model with --model_args pretrained=..., e.g. pretrained=embedded.")
+            raise ConfigError(
+                "pretrained is missing: name a model with --model_args pretrained=..., e.g. pretrained=embedded."
+            )
         _refuse_unknown(model_args)
         self.ttt_config = config = TTTConfig.from_mapping(model_args)
         if int(model_args.get("data_parallel_size", 1)) != 1:
@@ -92,6 +94,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             engine_args["dtype"] = dtype
         engine_args |= {name: value for name, value in model_args.items() if name not in own}
         engine_args["seed"] = config.seed
+        engine_args.pop("device", None)  # lm-eval's CLI passes one always; vLLM takes the machine's
+        if engine_args.get("batch_size") in (None, 1):
+            engine_args["batch_size"] = "auto"  # 1 is the CLI's default, and would make vLLM take turns
         engine_args.pop("revision", None)  # model_dir is that revision already
         if self._fits:
             engine_args["enable_lora"] = True
@@ -122,8 +127,8 @@ class TTTVLLM(vllm_causallms.VLLM):
         """Score whole texts; only with `method=icl`, since such tasks have no demonstrations."""
         if self._fits:
             raise DataError(
-                f"{requests[0].task_name} scores whole texts (loglikelihood_rolling) and has no demonstrations to fit on; "
-                "evaluate it with method=icl."
+                f"{requests[0].task_name} scores whole texts (loglikelihood_rolling) and has no demonstrations "
+                "to fit on; evaluate it with method=icl."
             )
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
@@ -154,7 +159,8 @@ class TTTVLLM(vllm_causallms.VLLM):
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
-                "settings": settings | {"model_dir": str(self.model_dir), "dtype": str(self._dtype).removeprefix("torch.")},
+                "settings": settings
+                | {"model_dir": str(self.model_dir), "dtype": str(self._dtype).removeprefix("torch.")},
                 "tasks": self._records,
                 "versions": {name: version(name) for name in packages},
             }
@@ -264,7 +270,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         return self.model.llm_engine.model_config.dtype
 
     @property
-    def _device(self) -> str:
+    def _fit_device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _key(self, sequences: Sequence[TrainingSequence]) -> str:
@@ -279,7 +285,7 @@ class TTTVLLM(vllm_causallms.VLLM):
                 "base_model": self._fingerprint,
                 "sequences": ids,
                 "dtype": str(self._dtype),
-                "device": self._device,
+                "device": self._fit_device,
                 "rank": config.lora_rank,
                 "alpha": config.lora_alpha,
                 "dropout": config.lora_dropout,
@@ -338,7 +344,7 @@ class TTTVLLM(vllm_causallms.VLLM):
                 alpha=config.lora_alpha,
                 dropout=config.lora_dropout,
                 dtype=self._dtype,
-                device=self._device,
+                device=self._fit_device,
             )
         progress.say(f"{where}: fitting")
         work = FIT_COST * self._fit_tokens(group.sequences)
@@ -397,7 +403,9 @@ def _refuse_unknown(model_args: dict[str, Any]) -> None:
     known |= {field.name for field in fields(EngineArgs)}
     for name in model_args:
         if name not in known:
-            raise ConfigError(f"{name} is not a model argument of ttt_vllm, of lm-eval's vllm or of vLLM.{nearest(name, known)}")
+            raise ConfigError(
+                f"{name} is not a model argument of ttt_vllm, of lm-eval's vllm or of vLLM.{nearest(name, known)}"
+            )
 
 
 def _max_lora_rank(config: TTTConfig, asked: Any) -> int:

@@ -85,7 +85,8 @@ class TTTTask(ConfigurableTask):
         if key == "num_fewshot" and value not in (0, self.config.num_fewshot):
             raise ConfigError(
                 f"--num_fewshot {value} is not allowed for {self._name}: the demonstrations are set by k "
-                f"(k={self.settings.k} now; --metadata '{{\"k\": {value}}}' changes it), or left out by --num_fewshot 0."
+                f"(k={self.settings.k} now; --metadata '{{\"k\": {value}}}' changes it), "
+                "or left out by --num_fewshot 0."
             )
         super().set_config(key, value, update)
 
@@ -123,6 +124,7 @@ def support_set_of(request: Instance) -> SupportSet:
     if support is None:
         raise DataError(
             f"{request.task_name} is not a TTT task; write a YAML with the three lines `include: <its YAML>`, "
-            f"`task: {request.task_name}_ttt`, `class: !function ttt_harness.TTTTask` and pass its folder as --include_path."
+            f"`task: {request.task_name}_ttt`, `class: !function ttt_harness.TTTTask`, "
+            "and pass its folder as --include_path."
         )
     return support

@@ -105,6 +105,41 @@ def _named_runs(given: Sequence[str]) -> "tuple[list[str | None], list[Run], lis
     return labels, runs, remarks
 
 
+def _add_report(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML page of runs: scores, training, costs, and every changed answer",
+        description="Write one self-contained HTML page that shows lm-eval runs, with no network, to whoever opens it.",
+    )
+    parser.add_argument("paths", metavar="DIR", nargs="+", help="results files of lm-eval, or folders with any number")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
+    parser.add_argument("--base", metavar="PATH", help="the run to hold the others against (default: oldest untrained)")
+    parser.add_argument("--title", help="heading of the page")
+    parser.add_argument("--metric", metavar="NAME[,FILTER]", help="show this metric (default: each task's first one)")
+    parser.add_argument("--reference", choices=("published",), help="put the published Llama-3.1-8B figures beside")
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ttt_harness.report.page import build_page
+    from ttt_harness.report.results import find_run, find_runs
+
+    runs = [run for path in args.paths for run in find_runs(path)]
+    base = None
+    if args.base:
+        base, remarks = find_run(args.base)
+        for remark in remarks:
+            print(f"warning: {remark}", file=sys.stderr)
+    page = build_page(runs, base=base, title=args.title, metric=args.metric, reference=bool(args.reference))
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{args.output} cannot be written: {error.strerror}") from error
+    print(f"{args.output}  ({args.output.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
 def _add_model(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "model",
@@ -121,7 +156,7 @@ def _model(_: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_compare, _add_model)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_compare, _add_report, _add_model)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -130,10 +130,10 @@ def compare_runs(
     if not allow_same_run:
         _refuse_same_runs(runs)
     names = distinct_labels(runs, labels)
-    read_once = cached_reader(keep=base) if len(others) > 1 else Run.samples
+    read = read or KeptSamples(only=base).read
     against = []
     for label, other in zip(names[1:], others, strict=True):
-        rows, warnings = _compare(base, other, metric, read or read_once)
+        rows, warnings = _compare(base, other, metric, read)
         if reference:
             rows = _with_published(rows, base, other)
         against.append(Against(label, other, tuple(rows), tuple(warnings)))
@@ -141,42 +141,51 @@ def compare_runs(
     return Comparison(names[0], base, tuple(against), tuple(remarks), beside)
 
 
-def cached_reader(keep: Run | None = None) -> Reader:
-    """A reader that remembers what pairing needs of each sample, without its texts; keep: of this run only."""
-    kept: dict[tuple[Path, str, str], list[Sample]] = {}
+class KeptSamples:
+    """Reads each samples file once and remembers what pairing needs of it, which is all but the texts."""
 
-    def read(run: Run, task: str, filter_name: str) -> list[Sample]:
-        key = (run.path, task, filter_name)
-        if key not in kept:
-            samples = run.samples(task, filter_name)
-            if keep is not None and run is not keep:
-                return samples
-            kept[key] = [replace(s, prompt="", answer="", target="", responses=()) for s in samples]
-        return kept[key]
+    def __init__(self, only: Run | None = None) -> None:
+        """only: remember the samples of this run alone; by default those of all."""
+        self._only = only
+        self._kept: dict[tuple[Path, str, str], list[Sample]] = {}
 
-    return read
+    def read(self, run: Run, task: str, filter_name: str) -> list[Sample]:
+        """The samples as `Run.samples` gives them, their texts perhaps left out."""
+        kept = self._kept.get((run.path, task, filter_name))
+        return self.keep(run, task, filter_name, run.samples(task, filter_name)) if kept is None else kept
+
+    def keep(self, run: Run, task: str, filter_name: str, samples: list[Sample]) -> list[Sample]:
+        """Remember samples that were read elsewhere; returns what `read` will."""
+        if self._only not in (None, run):
+            return samples
+        lean = [replace(s, prompt="", answer="", target="", responses=()) for s in samples]
+        self._kept[(run.path, task, filter_name)] = lean
+        return lean
 
 
-def distinct_labels(runs: Sequence[Run], given: Sequence[str | None] = ()) -> list[str]:
-    """A short name for each run: its method, and as much of model, settings, folder and date as tells them apart."""
+def distinct_labels(runs: Sequence[Run], given: Sequence[str | None] = (), ignore: Sequence[str] = ()) -> list[str]:
+    """A short name for each run: its method, and as much of model, settings, folder and date as tells them apart.
+
+    given: names to use instead, None for none; ignore: settings that must not be used to tell runs apart.
+    """
     labels = [*given, *[None] * (len(runs) - len(given))]
-    settings = [key for key in dict.fromkeys(k for run in runs for k in run.settings) if key != "method"]
+    settings = dict.fromkeys(k for run in runs for k in [*run.settings, "seed", "vote_permutations"])
     parts = [
         [run.method for run in runs],
         [run.model for run in runs],
-        *[[f"{key}={run.settings[key]}" if key in run.settings else "" for run in runs] for key in settings],
-        [f"seed={run.metadata(run.tasks[0], 'seed')}" for run in runs],
+        *[[_setting(run, key) for run in runs] for key in settings if key not in ("method", *ignore)],
         [run.source for run in runs],
         [run.path.parent.parent.name or run.path.parent.name for run in runs],
         [run.path.stem.removeprefix("results_") for run in runs],
     ]
-    names = parts[0]
+    names = list(parts[0])
     for part in parts[1:]:
-        if len(set(names)) == len(names):
-            break
-        # only a part that tells apart two runs which still share a name
-        if len(set(zip(names, part, strict=True))) > len(set(names)):
-            names = [f"{name} {value}".strip() for name, value in zip(names, part, strict=True)]
+        # a part is added only where two runs still share a name, and only if it tells some of them apart
+        for name in {name for name, count in Counter(names).items() if count > 1}:
+            same = [i for i, other in enumerate(names) if other == name]
+            if len({part[i] for i in same}) > 1:
+                for i in same:
+                    names[i] = f"{name} {part[i]}".strip()
     names = [label or name for label, name in zip(labels, names, strict=True)]
     seen = Counter(names)
     if max(seen.values()) > 1:
@@ -186,6 +195,11 @@ def distinct_labels(runs: Sequence[Run], given: Sequence[str | None] = ()) -> li
             if seen[name] > 1:
                 names[i] = f"{name} #{count[name]}"
     return names
+
+
+def _setting(run: Run, key: str) -> str:
+    value = run.metadata(run.tasks[0], key)
+    return "" if value is None else f"{key}={value}"
 
 
 def choose_metric(base: Run, other: Run, task: str, wanted: str | None = None) -> Metric | None:
@@ -439,12 +453,27 @@ def _reference(runs: Sequence[Run], labels: Sequence[str]) -> Reference:
     beside = {label: published.published_for(run) for label, run in zip(labels, runs, strict=True)}
     methods = {label: found.method if found else None for label, found in beside.items()}
     tasks = [task for task in runs[0].tasks if task.startswith(published.TASK_PREFIX)]
-    if not tasks or not any(methods.values()):
+    if not published.covers(runs):
         raise ReportError(
             "there are no published figures for these runs: they cover the tasks bbh_ttt_<name> only; "
             "leave out --reference"
         )
     return Reference(published.source(), methods, published.differences(runs, tasks))
+
+
+def common_start(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    if not texts:
+        return ""
+    first, last = min(texts), max(texts)  # whatever these two share, all between them share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:same]
+
+
+def task_prefix(tasks: Sequence[str]) -> str:
+    """What all task names begin with, up to an underscore ("bbh_ttt_"): said once, it need not be said again."""
+    start = common_start(tasks) if len(tasks) > 1 else ""
+    return start[: start.rfind("_") + 1]
 
 
 def _total(counts: Sequence[int | None]) -> int | None:

@@ -40,6 +40,11 @@ def published_for(run: Run) -> Published | None:
     return Published(method, {GROUP: data["average"][method] / 100, **scores})
 
 
+def covers(runs: Sequence[Run]) -> bool:
+    """Whether there are published figures for anything in these runs."""
+    return any(published_for(run) and any(task.startswith(TASK_PREFIX) for task in run.tasks) for run in runs)
+
+
 def source() -> str:
     """One line that names where the published figures are from."""
     return f"{_SHORT_SOURCE}: {_data()['model']}, accuracy, mean of {len(_data()['seeds'])} seeds"

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class TaskFit:
     generate_seconds: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two runs are the same when `same_run` says so
 class Run:
     """One results file. Attributes are what the file says; missing optional parts are None or empty.
 
@@ -118,7 +119,7 @@ class Run:
         """The version of lm-eval that wrote the file."""
         return self.raw.get("lm_eval_version")
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, list[str]]:
         """Group -> all tasks below it, through nested groups, in the file's order."""
         children = {g: c for g, c in _dict(self.raw.get("group_subtasks")).items() if isinstance(c, list) and c}
@@ -136,7 +137,7 @@ class Run:
             for group in children
         }
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         """The tasks that were scored, groups left out."""
         return [name for name in self.raw["results"] if name not in self.groups]

@@ -91,7 +91,7 @@ def _lower_limit(gained: int, lost: int, n: int, tail: float) -> float:
     edge = (1e-12, 1 - 1e-12)
     low, high = (float(special.betaincinv(gained, lost + 1, q)) for q in edge)
     low, high = (max(low, 0.5), max(high, 0.5)) if positive else (min(low, 0.5), min(high, 0.5))
-    nodes, weights = np.polynomial.legendre.leggauss(128)
+    nodes, weights = _quadrature()
     beta = low + (high - low) * (nodes + 1) / 2
     mass = weights * stats.beta.pdf(beta, gained, lost + 1) * (high - low) / 2
     slope = np.abs(2 * beta - 1)
@@ -106,6 +106,12 @@ def _lower_limit(gained: int, lost: int, n: int, tail: float) -> float:
 
     size = float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-10))
     return size if positive else -size
+
+
+@lru_cache
+def _quadrature() -> tuple[Floats, Floats]:
+    nodes, weights = np.polynomial.legendre.leggauss(128)
+    return nodes, weights
 
 
 def compare_right_wrong(base: Floats, other: Floats) -> Difference:
@@ -197,7 +203,7 @@ def compare_unpaired(base: float, other: float, base_stderr: float | None, other
 def score_interval(score: float, n: int | None, stderr: float | None, *, accuracy: bool) -> tuple[float, float] | None:
     """The 95 % interval of one score alone, for error bars: (low, high), or None where nothing is known of its spread.
 
-    accuracy: the score is a share of n questions (Wilson, JASA 22 (1927) 209, by scipy); else stderr gives a normal one.
+    accuracy: the score is a share of n questions (Wilson, JASA 22 (1927) 209); else stderr gives a normal one.
     """
     if accuracy and n and abs(round(score * n) - score * n) < 1e-6:
         limits = stats.binomtest(round(score * n), n).proportion_ci(CONFIDENCE, method="wilson")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from ttt_harness.report.compare import Against, Comparison, Row
+from ttt_harness.report.compare import Against, Comparison, Row, task_prefix
 from ttt_harness.report.statistics import RESAMPLES
 
 SCHEMA = "ttt-harness.compare/1"
@@ -228,16 +228,6 @@ def _p(row: Row) -> str:
     return ("<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}") + star
 
 
-def _prefix(rows: Sequence[Row]) -> str:
-    """What all task names begin with ("bbh_ttt_"), up to an underscore: shown once, above."""
-    names = [row.name for row in rows if row.level == "task"]
-    if len(names) < 2:
-        return ""
-    shortest, longest = min(names), max(names)
-    same = next((i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b), len(shortest))
-    return shortest[: shortest.rfind("_", 0, same) + 1]
-
-
 def _cells(comparison: Comparison, against: Against) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, the same for all formats that are for reading."""
     rows = against.rows
@@ -250,7 +240,7 @@ def _cells(comparison: Comparison, against: Against) -> tuple[list[str], list[li
     header += ["n"]
     if reference:
         header += [f"published {reference.methods[label] or '–'}" for label in (comparison.base_label, against.label)]
-    prefix = _prefix(rows)
+    prefix = task_prefix([row.name for row in rows if row.level == "task"])
     table = []
     for row in rows:
         cells = [row.name.removeprefix(prefix) if row.level == "task" else row.name]
@@ -286,7 +276,7 @@ def _rich_table(comparison: Comparison, against: Against, width: int) -> tuple[A
     metrics = ", ".join(dict.fromkeys(str(row.metric) for row in against.rows))
     counts = [row.n for row in against.rows if row.level == "task"]
     questions = "" if None in counts else f" · {sum(filter(None, counts)):,} questions"
-    prefix = _prefix(against.rows)
+    prefix = task_prefix([row.name for row in against.rows if row.level == "task"])
     table = Table(
         title=Text(f"{comparison.base_label} → {against.label}", style="bold")
         + Text(f"   {about} · {metrics}{questions}", style="not bold dim"),

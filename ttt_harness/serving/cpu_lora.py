@@ -14,7 +14,7 @@ import torch
 
 
 def _groups(indices: torch.Tensor) -> Iterator[tuple[int, torch.Tensor | slice]]:
-    """Yield (adapter, its tokens) for each adapter among `indices` (shape [tokens]); a slice where all tokens share it."""
+    """Yield (adapter, its tokens) for each adapter in `indices`, shape [tokens]; a slice where all share one."""
     adapters = indices.unique().tolist()
     for adapter in adapters:
         if adapter >= 0:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.models.convert_weights import hf_to_tune, tune_to_peft_adapter_weights
 from torchtune.models.llama3_2 import lora_llama3_2
-from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import set_default_dtype
 
 from ttt_harness.errors import ModelError
@@ -97,12 +98,12 @@ class Family:
     its LoRA weights into PEFT's.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., TransformerDecoder]
     from_hf: Callable[[dict[str, Tensor], ModelShape], dict[str, Tensor]]
     to_peft: Callable[[dict[str, Tensor], ModelShape], dict[str, Tensor]]
 
 
-def _build_llama(shape: ModelShape, *, max_seq_len: int, rank: int, alpha: float, dropout: float) -> nn.Module:
+def _build_llama(shape: ModelShape, *, max_seq_len: int, rank: int, alpha: float, dropout: float) -> TransformerDecoder:
     # The builder of Llama 3.2 is the general one: any RoPE base, scaled or not, tied embeddings or not.
     return lora_llama3_2(
         lora_attn_modules=list(LORA_ATTENTION_MODULES),
@@ -126,7 +127,11 @@ def _build_llama(shape: ModelShape, *, max_seq_len: int, rank: int, alpha: float
 
 def _llama_from_hf(weights: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
     converted = hf_to_tune(
-        weights, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, dim=shape.embed_dim, head_dim=shape.head_dim
+        weights,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        dim=shape.embed_dim,
+        head_dim=shape.head_dim,
     )
     if shape.tied_embeddings:
         converted.pop("output.weight", None)  # some checkpoints store the tied matrix twice
@@ -136,7 +141,11 @@ def _llama_from_hf(weights: dict[str, Tensor], shape: ModelShape) -> dict[str, T
 def _llama_to_peft(weights: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
     # Undoes, on the rows of q's lora_B, the permutation that hf_to_tune applied to q.
     return tune_to_peft_adapter_weights(
-        weights, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, dim=shape.embed_dim, head_dim=shape.head_dim
+        weights,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        dim=shape.embed_dim,
+        head_dim=shape.head_dim,
     )
 
 
@@ -152,11 +161,16 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         ModelError: the directory, its config or its safetensors files are missing or damaged.
     """
     if not model_dir.is_dir():
-        raise ModelError(f"pretrained={model_dir}: there is no such directory; give a local model directory, a name on the hub, or embedded.")
+        raise ModelError(
+            f"pretrained={model_dir}: there is no such directory; "
+            "give a local model directory, a name on the hub, or embedded."
+        )
     try:
         config = json.loads((model_dir / "config.json").read_text())
     except OSError:
-        raise ModelError(f"pretrained={model_dir} has no config.json; a model directory in the hub's layout is needed.") from None
+        raise ModelError(
+            f"pretrained={model_dir} has no config.json; a model directory in the hub's layout is needed."
+        ) from None
     except ValueError as error:
         raise ModelError(f"{model_dir / 'config.json'} is not JSON ({error}); copy the model again.") from None
     if not any(model_dir.glob("*.safetensors")):
@@ -169,7 +183,7 @@ def read_config(model_dir: Path) -> dict[str, Any]:
 
 def load_base_model(
     model_dir: Path, shape: ModelShape, *, rank: int, alpha: float, dropout: float, dtype: torch.dtype, device: str
-) -> nn.Module:
+) -> TransformerDecoder:
     """Build the torchtune decoder of `model_dir` with frozen base weights and trainable, uninitialised LoRA layers.
 
     Raises:
@@ -193,12 +207,15 @@ def load_base_model(
     adapter = get_adapter_params(model)
     lost = [name for name in missing if name not in adapter]
     if lost or unexpected:
-        raise ModelError(f"the tensors in {model_dir} do not fit {shape.architecture}: missing {lost}, left over {unexpected}.")
+        raise ModelError(
+            f"the tensors in {model_dir} do not fit {shape.architecture}: missing {lost}, left over {unexpected}."
+        )
     for module in model.modules():
-        if hasattr(module, "adapter_params"):
+        if isinstance(module, LoRALinear):
             module.to_empty(device=device)
-        if hasattr(module, "rope_init"):
+        rope_init = getattr(module, "rope_init", None)  # of torchtune's kinds of RoPE, which share no class
+        if callable(rope_init):
             with torch.device(device):
-                module.rope_init()
+                rope_init()
     set_trainable_params(model, get_adapter_params(model))
     return model

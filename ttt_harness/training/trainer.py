@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchtune.modules.peft import get_adapter_params
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from ttt_harness.data.sequences import TrainingSequence
@@ -111,7 +112,7 @@ class Trainer:
         """Forget the last adapter: LoRA's initial weights, under which the model is the base model."""
         self.model.train()
         for module in self.model.modules():
-            if hasattr(module, "adapter_params"):
+            if isinstance(module, LoRALinear):
                 module.initialize_parameters()
 
     def _backward(self, batch: Sequence[TrainingSequence]) -> float:
@@ -127,11 +128,11 @@ class Trainer:
         return total
 
 
-def labelled_logits(model: nn.Module, tokens: Tensor, labelled: Tensor) -> Tensor:
+def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor) -> Tensor:
     """The logits that predict the labelled tokens, and no others.
 
     Args:
-        model: a torchtune `TransformerDecoder`.
+        model: a torchtune decoder.
         tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
         labelled: [batch, tokens], True where the token is to be predicted; False at the first token.
 

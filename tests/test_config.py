@@ -1,0 +1,107 @@
+"""Settings: defaults, conversion of command-line values, and the sentence that refuses a wrong one."""
+
+import dataclasses
+import pickle
+
+import pytest
+
+from ttt_harness.config import METHODS, PUBLISHED_FIT, TaskSettings, TTTConfig, nearest
+from ttt_harness.errors import ConfigError
+
+
+def test_the_published_hyperparameters_are_the_defaults():
+    config = TTTConfig()
+    assert dataclasses.asdict(config) == {
+        "method": "ttt",
+        "loss_on": "outputs",
+        "num_permutations": 40,
+        "shuffle": True,
+        "fit_batch_size": 5,
+        "epochs": 1,
+        "lr": 1e-4,
+        "warmup_ratio": 0.1,
+        "lora_rank": 64,
+        "lora_alpha": 64,
+        "lora_dropout": 0.05,
+        "seed": 42,
+        "k": 10,
+        "adapter_dir": None,
+    }
+    assert dataclasses.asdict(TaskSettings()) == {
+        "k": 10,
+        "seed": 42,
+        "vote_permutations": 1,
+        "leave_one_out": False,
+        "generation_budget": "full",
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_brings_its_own_learning_rate_and_epochs_and_an_argument_wins(method):
+    config = TTTConfig(method=method)
+    assert (config.lr, config.epochs) == (PUBLISHED_FIT[method]["lr"], PUBLISHED_FIT[method]["epochs"])
+    assert TTTConfig(method=method, lr="3e-4", epochs=2).lr == 3e-4
+
+
+def test_values_of_the_command_line_are_read_without_loss():
+    config = TTTConfig.from_mapping({"k": "5", "lr": "1e-3", "shuffle": "False", "lora_alpha": 16, "other": 1})
+    assert (config.k, config.lr, config.shuffle, config.lora_alpha) == (5, 1e-3, False, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value"),
+    [
+        (TTTConfig, "method", "tttt"),
+        (TTTConfig, "method", 3),
+        (TTTConfig, "loss_on", "inputs"),
+        (TTTConfig, "num_permutations", 0),
+        (TTTConfig, "num_permutations", 2.5),
+        (TTTConfig, "shuffle", "yes"),
+        (TTTConfig, "fit_batch_size", -1),
+        (TTTConfig, "epochs", "many"),
+        (TTTConfig, "lr", -1e-4),
+        (TTTConfig, "lr", "nan"),
+        (TTTConfig, "warmup_ratio", 1.5),
+        (TTTConfig, "lora_rank", 0),
+        (TTTConfig, "lora_rank", 513),
+        (TTTConfig, "lora_alpha", 0),
+        (TTTConfig, "lora_alpha", float("inf")),
+        (TTTConfig, "lora_dropout", 1),
+        (TTTConfig, "seed", -1),
+        (TTTConfig, "seed", True),
+        (TTTConfig, "k", "ten"),
+        (TTTConfig, "k", -1),
+        (TTTConfig, "k", None),
+        (TaskSettings, "k", "ten"),
+        (TaskSettings, "k", float("inf")),
+        (TaskSettings, "seed", 2**32),
+        (TaskSettings, "vote_permutations", 0),
+        (TaskSettings, "vote_permutations", 10**6),
+        (TaskSettings, "leave_one_out", "maybe"),
+        (TaskSettings, "generation_budget", "large"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_the_rule(settings, name, value):
+    with pytest.raises(ConfigError) as refusal:
+        settings(**{name: value})
+    message = str(refusal.value)
+    assert message.startswith(f"{name}={value!r} is not allowed: it must be ")
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == message
+
+
+def test_no_demonstrations_are_allowed_only_where_nothing_is_fitted():
+    assert TTTConfig(method="icl", k=0).k == 0
+    with pytest.raises(ConfigError, match="method=icl"):
+        TTTConfig(k=0)
+
+
+@pytest.mark.parametrize(("rank", "reserved"), [(1, 1), (2, 8), (64, 64), (65, 128), (512, 512)])
+def test_vllm_reserves_a_rank_that_holds_the_adapter(rank, reserved):
+    assert TTTConfig(lora_rank=rank).max_lora_rank == reserved
+
+
+def test_the_nearest_known_name_is_offered():
+    assert nearest("lora_rang", TTTConfig.names()) == " Did you mean 'lora_rank'?"
+    assert nearest("xyzzy", TTTConfig.names()) == ""

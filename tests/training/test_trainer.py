@@ -1,0 +1,167 @@
+"""The fit: repeatable, equal to plain computation, and the same model to transformers + peft."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from torchtune.modules.peft import get_adapter_params
+from transformers import AutoModelForCausalLM
+
+from ttt_harness.adapters.peft import write_adapter
+from ttt_harness.data.sequences import TrainingSequence
+from ttt_harness.errors import ModelError
+from ttt_harness.training import trainer as trainer_module
+from ttt_harness.training.checkpoint import ModelShape, read_config
+from ttt_harness.training.trainer import Trainer, labelled_logits
+
+FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}
+LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
+
+
+def make_trainer(model_dir, **overrides):
+    shape = ModelShape.from_config(read_config(model_dir), where=str(model_dir))
+    return Trainer(model_dir, shape, **{**LORA, "dtype": torch.float32, "device": "cpu", **overrides})
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    rng = torch.Generator().manual_seed(0)
+    made = []
+    for length in (20, 33, 27, 18, 40):
+        tokens = torch.randint(2, 320, (length,), generator=rng).tolist()
+        made.append(TrainingSequence(tuple(tokens), tuple(i > 0 and i % 3 == 0 for i in range(length))))
+    return made
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model):
+    return make_trainer(tiny_model)
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_was_fitted_before(trainer, sequences):
+    first = trainer.fit(sequences, **FIT)
+    other = trainer.fit(sequences[:2], **{**FIT, "seed": 8})
+    again = trainer.fit(sequences, **FIT)
+    assert first.losses == again.losses
+    assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
+    assert any(not torch.equal(first.weights[name], other.weights[name]) for name in first.weights)
+
+
+def test_a_fit_lowers_the_loss_and_counts_what_it_saw(trainer, sequences):
+    steps = []
+    result = trainer.fit(sequences, **{**FIT, "epochs": 10}, on_step=lambda *step: steps.append(step))
+    assert len(result.losses) == 20
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    assert result.tokens == 10 * sum(len(s.tokens) for s in sequences)
+    assert steps[-1] == (20, 20, result.losses[-1])
+
+
+def test_no_epochs_leave_an_adapter_without_effect(trainer, sequences):
+    weights = trainer.fit(sequences, **{**FIT, "epochs": 0}).weights
+    assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_global_random_numbers_are_left_alone(trainer, sequences):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    trainer.fit(sequences[:1], **FIT)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_labelled_logits_are_rows_of_all_logits(trainer, sequences):
+    trainer.fit(sequences, **FIT)
+    trainer.model.eval()
+    tokens = torch.tensor([sequences[0].tokens])
+    labelled = torch.tensor([sequences[0].labelled])
+    with torch.no_grad():
+        every = trainer.model(tokens)
+        some = labelled_logits(trainer.model, tokens, labelled)
+    torch.testing.assert_close(some, every[:, :-1][labelled[:, 1:]])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, monkeypatch, max_tokens):
+    monkeypatch.setitem(trainer_module.MICRO_BATCH_TOKENS, "cpu", max_tokens)
+    torch.manual_seed(0)
+    trainer._reset()
+    trainer.model.eval()  # no dropout, whose random numbers fall elsewhere in other micro-batches
+    loss = trainer._backward(sequences)
+    # Plain computation: every sequence alone, all logits, mean over the labelled tokens of the batch.
+    losses = []
+    for sequence in sequences:
+        tokens, labelled = torch.tensor([sequence.tokens]), torch.tensor([sequence.labelled])
+        logits = trainer.model(tokens)[:, :-1].flatten(0, 1)
+        targets = torch.where(labelled, tokens, -100)[:, 1:].flatten()
+        losses.append(functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
+    labels = sum(sum(sequence.labelled) for sequence in sequences)
+    expected = sum(losses) / labels
+    adapter = list(get_adapter_params(trainer.model).values())
+    gradients = torch.autograd.grad(expected, adapter)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for parameter, gradient in zip(adapter, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tied_model"])
+def test_trained_logits_are_those_of_transformers_and_peft(model, request, sequences, tmp_path):
+    model_dir = request.getfixturevalue(model)
+    trainer = make_trainer(model_dir)
+    result = trainer.fit(sequences, **FIT)
+    trainer.model.eval()
+    tokens = torch.tensor([sequences[1].tokens])
+    write_adapter(tmp_path, result.weights, base_model=str(model_dir), **LORA)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        trained, plain = trainer.model(tokens), base(tokens).logits
+        served = PeftModel.from_pretrained(base, tmp_path)(tokens).logits
+    torch.testing.assert_close(trained, served, rtol=1e-3, atol=1e-3)
+    assert (trained - plain).abs().max() > 0.1  # so the adapter has an effect to compare
+
+
+def test_bfloat16_trains_too(tiny_model, sequences):
+    result = make_trainer(tiny_model, dtype=torch.bfloat16).fit(sequences, **FIT)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in result.weights.values())
+    assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, which is not supported"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
+        ({"head_dim": 64}, "head_dim=64"),
+    ],
+)
+def test_what_torchtune_cannot_express_is_refused_by_its_config(tiny_model, change, telling):
+    config = {**json.loads((tiny_model / "config.json").read_text()), **change}
+    with pytest.raises(ModelError) as refusal:
+        ModelShape.from_config(config, where="here")
+    assert telling in str(refusal.value)
+
+
+def test_a_model_directory_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="there is no such directory"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        read_config(tmp_path)
+
+
+def test_a_damaged_weights_file_is_refused(tiny_model, tmp_path):
+    for path in tiny_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        make_trainer(tmp_path)
