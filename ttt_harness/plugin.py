@@ -1,4 +1,4 @@
-"""Makes the model `ttt_vllm` and the tasks known to lm-eval 0.4.13, which discovers no plugins by itself.
+"""Makes our models and tasks known to lm-eval 0.4.13, which discovers no plugins by itself.
 
 Nobody calls this module: `ttt_harness_startup.pth`, beside the installed package, calls `install()` at the first
 `import lm_eval` of a process, before any of lm-eval is loaded. Then
@@ -27,7 +27,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODELS = {"ttt_vllm": "ttt_harness.harness.model:TTTVLLM"}
+MODELS = {
+    "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
+    "ttt_vllm": "ttt_harness.harness.model:TTTVLLM",
+}
 TASKS = "ttt_harness.task_configs"
 
 logger = logging.getLogger(__name__)

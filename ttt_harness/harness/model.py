@@ -29,9 +29,9 @@ from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.harness.progress import RunProgress
 from ttt_harness.harness.task import support_set_of
-from ttt_harness.serving.engine import Engine, default_engine_args, lora_request
+from ttt_harness.serving.engine import default_engine_args, shared_engine
 from ttt_harness.training.checkpoint import ModelShape, read_config
-from ttt_harness.training.trainer import Trainer
+from ttt_harness.training.trainer import shared_trainer
 
 # Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
 FIT_VERSION = 1
@@ -88,12 +88,11 @@ class TTTVLLM(vllm_causallms.VLLM):
         self._fits = config.method != "icl"
         if self._fits:
             self._shape = ModelShape.from_config(hf_config, where=str(self.model_dir))
-        own = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS} - {"seed"}
+        own = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS}
         engine_args = default_engine_args()
         if dtype != "auto":
             engine_args["dtype"] = dtype
         engine_args |= {name: value for name, value in model_args.items() if name not in own}
-        engine_args["seed"] = config.seed
         engine_args.pop("device", None)  # lm-eval's CLI passes one always; vLLM takes the machine's
         if engine_args.get("batch_size") in (None, 1):
             engine_args["batch_size"] = "auto"  # 1 is the CLI's default, and would make vLLM take turns
@@ -102,13 +101,12 @@ class TTTVLLM(vllm_causallms.VLLM):
             engine_args["enable_lora"] = True
             engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
         # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
-        llm, vllm_causallms.LLM = vllm_causallms.LLM, Engine
+        llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
         try:
             super().__init__(pretrained=str(self.model_dir), **engine_args)
         finally:
             vllm_causallms.LLM = llm
         self.store = AdapterStore(config.adapter_store)
-        self._trainer: Trainer | None = None
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
         self._records: dict[str, dict[str, Any]] = {}
@@ -335,20 +333,18 @@ class TTTVLLM(vllm_causallms.VLLM):
     def _fit(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
         assert group.key is not None
         config = self.ttt_config
-        if self._trainer is None:
-            progress.say(f"{where}: loading the base model")
-            self._trainer = Trainer(
-                self.model_dir,
-                self._shape,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                dtype=self._dtype,
-                device=self._fit_device,
-            )
         progress.say(f"{where}: fitting")
+        trainer = shared_trainer(
+            self.model_dir,
+            self._shape,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            dtype=self._dtype,
+            device=self._fit_device,
+        )
         work = FIT_COST * self._fit_tokens(group.sequences)
-        result = self._trainer.fit(
+        result = trainer.fit(
             group.sequences,
             **self._fit_arguments(),
             on_step=lambda done, steps, loss: progress.advance(
@@ -378,8 +374,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         if adapter is None:
             self.lora_request = None
             return
-        number = list(self._adapters).index(adapter.key) + 1
-        self.lora_request = lora_request(number, adapter.key, adapter.path)
+        self.lora_request = self.model.adapter(adapter.key, adapter.path)
         changes = self.model.changes_output(self.lora_request, group.sequences[0].tokens[:PROBE_TOKENS])
         self._records[group.task]["changes_output"] = changes
         if not changes:

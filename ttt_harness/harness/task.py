@@ -5,7 +5,7 @@ that any of its models runs the task unchanged; `ttt_vllm` also reads the suppor
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import DatasetDict
@@ -14,8 +14,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
 
 from ttt_harness.config import TaskSettings
-from ttt_harness.data.sequences import Demonstration, SupportSet
+from ttt_harness.data.sequences import Demonstration, SupportSet, permutations
 from ttt_harness.errors import ConfigError, DataError
+from ttt_harness.harness.filters import majority
 
 
 class TTTTask(ConfigurableTask):
@@ -38,12 +39,29 @@ class TTTTask(ConfigurableTask):
     ) -> None:
         config = {key: value for key, value in (config or {}).items() if key != "class"}
         metadata = config.get("metadata") or {}
-        self.settings = TaskSettings.from_mapping(metadata)
+        self.settings = settings = TaskSettings.from_mapping(metadata)
         self._name = config.get("task", "this task")
-        config["num_fewshot"] = self.settings.k
+        self._check_prompts(config)
+        # An end-to-end fit teaches the task without demonstrations, and is asked without.
+        zero_shot = str(metadata.get("method")).endswith("e2e")
+        config["num_fewshot"] = 0 if zero_shot else settings.k - settings.leave_one_out
         if self.settings.generation_budget == "published":
             config["generation_kwargs"] = self._published_budget(config, metadata)
+        self._rendered: dict[tuple[str, int], Any] = {}
         super().__init__(data_dir, cache_dir, download_mode, config)
+
+    def _check_prompts(self, config: Mapping[str, Any]) -> None:
+        settings = self.settings
+        if settings.leave_one_out and settings.k < 2:
+            raise ConfigError(
+                f"leave_one_out=true is not allowed for {self._name} with k={settings.k}: "
+                "it takes one demonstration out of the prompt, and one has to stay; set k to at least 2."
+            )
+        if settings.vote_permutations > 1 and config.get("output_type") != "generate_until":
+            raise ConfigError(
+                f"vote_permutations={settings.vote_permutations} is not allowed for {self._name}: "
+                "a vote is taken among generated answers (output_type generate_until); leave it at 1."
+            )
 
     def _published_budget(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
         if "published_max_gen_toks" not in metadata:
@@ -90,6 +108,52 @@ class TTTTask(ConfigurableTask):
             )
         super().set_config(key, value, update)
 
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; for a vote, the list of prompts under each permutation of the demonstrations."""
+        if self.settings.vote_permutations == 1 or num_fewshot == 0:
+            return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
+        drawn = list(self.sampler.df)
+        contexts = []
+        # The same permutations for every question, so that vLLM's prefix cache holds each of them once.
+        for order in permutations(len(drawn), self.settings.vote_permutations, seed=self.settings.seed):
+            self.sampler.replace_df([drawn[index] for index in order])
+            contexts.append(super().fewshot_context(doc, num_fewshot, *args, **kwargs))
+        self.sampler.replace_df(drawn)
+        return contexts
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str | list[str], **kwargs: Any) -> Any:
+        """As in the base class; for a vote, one request for each prompt."""
+        if self.OUTPUT_TYPE != "generate_until" or isinstance(ctx, str):
+            return super().construct_requests(doc, ctx, **kwargs)
+        requests = [super(TTTTask, self).construct_requests(doc, prompt, **kwargs) for prompt in ctx]
+        for index, request in enumerate(requests):
+            request.idx = index
+        return requests
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        """As in the base class; for a vote, of the answer that most prompts led to."""
+        if len(results) > 1 and self.OUTPUT_TYPE == "generate_until":
+            answers = (answer for result in results for answer in ([result] if isinstance(result, str) else result))
+            results = [majority(answers)]
+        return super().process_results(doc, results)
+
+    def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> Any:
+        """As in the base class, but a demonstration is rendered once and not for every prompt."""
+        return self._once("text", doc, super().doc_to_text, doc_to_text)
+
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> Any:
+        """As in the base class, but a demonstration is rendered once and not for every prompt."""
+        return self._once("target", doc, super().doc_to_target, doc_to_target)
+
+    def _once(self, part: str, doc: Mapping[str, Any], render: Callable[..., Any], template: Any) -> Any:
+        sampler = getattr(self, "sampler", None)  # not there yet while the base class is constructed
+        if sampler is None or not any(doc is demonstration for demonstration in sampler.df):
+            return render(doc, template)
+        key = (part, id(doc))
+        if key not in self._rendered:
+            self._rendered[key] = render(doc, template)
+        return self._rendered[key]
+
     def support_set(self, system_instruction: str | None = None) -> SupportSet:
         """The demonstrations in drawn order, in the pieces of text of which lm-eval makes a prompt."""
         demonstrations, description = [], ""
@@ -107,11 +171,12 @@ class TTTTask(ConfigurableTask):
         return SupportSet(head, tuple(demonstrations))
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """As in the base class; each request then carries the support set, as its attribute `support_set`."""
+        """As in the base class; each request then carries `support_set`, and `choices` where the metadata has them."""
         super().build_all_requests(**kwargs)
         support = self.support_set(kwargs.get("system_instruction"))
         for instance in self.instances:
             instance.support_set = support
+            instance.choices = (self.config.metadata or {}).get("choices")
 
 
 def support_set_of(request: Instance) -> SupportSet:

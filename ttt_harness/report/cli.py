@@ -21,11 +21,14 @@ Subparsers = Any  # argparse._SubParsersAction has no public name
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (by default the process's own). Returns the exit status; bad input is one sentence."""
-    parser = argparse.ArgumentParser(prog="ttt-harness", description="Compare and show the results of lm_eval runs.")
+    parser = argparse.ArgumentParser(prog="ttt-harness", description="Sweep, compare and show lm_eval runs.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(subparsers)
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others and not getattr(args, "passes_options", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.options = others
     try:
         return int(args.run(args))
     except TTTError as error:
@@ -140,6 +143,60 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_sweep(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "sweep",
+        help="evaluate a grid of methods and seeds, with one engine start",
+        description="Evaluate a grid of methods and seeds in one process. Cells that are done are skipped.",
+        epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, --limit, ... "
+        "--output_path is the folder for the whole grid; each cell gets its own in it, <method>/seed<N>.",
+        usage="ttt-harness sweep --methods M1,M2 --seeds 42-46 --tasks T --model_args pretrained=... --output_path DIR "
+        "[any option of lm_eval run]",
+        allow_abbrev=False,  # --seed is lm-eval's
+    )
+    parser.add_argument("--methods", metavar="NAMES", help="with commas; all: every published setting")
+    parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42: of the demonstrations and of the fits")
+    parser.add_argument(
+        "--config", "-C", type=Path, metavar="FILE", help="YAML with methods, seeds and any option of lm_eval"
+    )
+    parser.set_defaults(run=_sweep, passes_options=True)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from ttt_harness.sweep.runner import sweep
+
+    return sweep(methods=args.methods, seeds=args.seeds, config=args.config, options=args.options)
+
+
+def _add_summary(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "summary",
+        help="mean and standard deviation over the seeds, per method, beside the published figures",
+        description="Show the mean over seeds of each method in these folders, per task and for the group.",
+    )
+    parser.add_argument("paths", metavar="DIR", nargs="+", help="results files of lm-eval, or folders with any number")
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: table"
+    )
+    parser.set_defaults(run=_summary)
+
+
+def _summary(args: argparse.Namespace) -> int:
+    from ttt_harness.report import summary
+
+    found = summary.read(args.paths)
+    if args.format == "table":
+        summary.print_summary(found)
+    else:
+        writers = {"markdown": summary.as_markdown, "csv": summary.as_csv, "json": summary.as_json}
+        sys.stdout.write(writers[args.format](found))
+        if args.format == "csv":
+            for remark in found.remarks:
+                print(f"note: {remark}", file=sys.stderr)
+    sys.stdout.flush()
+    return 0
+
+
 def _add_model(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "model",
@@ -156,7 +213,7 @@ def _model(_: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_compare, _add_report, _add_model)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_sweep, _add_summary, _add_compare, _add_report, _add_model)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.config import ModelConfig
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -50,6 +51,7 @@ class Engine:
 
     def __init__(self, **engine_args: Any) -> None:
         self.engine_args = engine_args
+        self._adapters: dict[str, LoRARequest] = {}
         self._llm: LLM | None = None
         self._model_config: ModelConfig | None = None
 
@@ -99,10 +101,35 @@ class Engine:
             seen.append({token: entry.logprob for token, entry in (logprobs[0] or {}).items()})
         return seen[0] != seen[1]
 
+    def adapter(self, name: str, path: Path) -> LoRARequest:
+        """The adapter in the PEFT directory `path`, under a name and a number of its own: vLLM's caches go by them."""
+        if name not in self._adapters:
+            number = len(self._adapters) + 1
+            self._adapters[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+        return self._adapters[name]
 
-def lora_request(number: int, name: str, path: Path) -> LoRARequest:
-    """A request's adapter. `number` (from 1) and `name` are its own, for vLLM's caches know it by them."""
-    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
+    def close(self) -> None:
+        """Stop the engine and free its memory; a later request starts it again."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            cleanup_dist_env_and_memory()
+
+
+_engine: Engine | None = None
+
+
+def shared_engine(**engine_args: Any) -> Engine:
+    """This process's engine; the one there is, if it has these arguments, else a new one in its place.
+
+    A sweep makes a model object for each of its cells, and all of them use one engine.
+    """
+    global _engine
+    if _engine is None or _engine.engine_args != engine_args:
+        if _engine is not None:
+            _engine.close()
+        _engine = Engine(**engine_args)
+    return _engine
 
 
 def _reason(error: Exception) -> str:

@@ -5,12 +5,14 @@ cross-entropy over the labelled tokens of a batch), with logits for the labelled
 micro-batches that add up to the same gradient.
 """
 
+import functools
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +128,12 @@ class Trainer:
             loss.backward()
             total += loss.item()
         return total
+
+
+@functools.lru_cache(maxsize=1)
+def shared_trainer(model_dir: Path, shape: ModelShape, **settings: Any) -> Trainer:
+    """This process's trainer: the last one, if it has these arguments, else a new one in its place."""
+    return Trainer(model_dir, shape, **settings)
 
 
 def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor) -> Tensor:

@@ -1,0 +1,382 @@
+"""Scores per method over several seeds: mean, standard deviation, and the published figure beside.
+
+`summarize(runs)` sorts runs by what their results files say of the method and takes, for each task and group, the mean
+over the seeds; `as_markdown`, `as_csv`, `as_json` and `print_summary` show it. A sweep's folder is one source of such
+runs; any lm-eval results with the same settings are another.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from ttt_harness.errors import ReportError
+from ttt_harness.report import published
+from ttt_harness.report.compare import MEAN_ROW, choose_metric, task_prefix
+from ttt_harness.report.results import Metric, Run, find_runs
+
+SCHEMA = "ttt-harness.summary/1"
+
+# Our names of the published methods, in the order of the tables; None: no published figure.
+PUBLISHED: dict[str, str | None] = {
+    "random": "random",
+    "zero_shot": "zero_shot",
+    "icl": "few_shot",
+    "icl_vote": "few_shot_vote",
+    "ttt": "ttt",
+    "ttt_vote": "ttt_vote",
+    "ttt_loss_all": "ttt_loss_all",
+    "ttt_loss_last": "ttt_loss_last",
+    "ttt_no_shuffle": "ttt_no_shuffle",
+    "ttt_no_shuffle_vote": "ttt_no_shuffle_vote",
+    "ttt_leave_one_out": None,
+    "shared_ttt": "shared_ttt",
+    "e2e": "e2e",
+    "shared_e2e": "shared_e2e",
+}
+
+COLUMNS = (
+    "method",
+    "name",  # task or group
+    "level",  # task | group | mean (plain mean of the tasks, where they are in no group)
+    "metric",
+    "filter",
+    "mean",  # over the seeds, in the metric's own unit (accuracies: 0 to 1)
+    "sd",  # standard deviation over the seeds (n - 1); empty for one seed
+    "seeds",  # how many
+    "published",  # published accuracy, 0 to 1; empty where there is none
+    "expected",  # for random guesses: the exact expectation; empty for others
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method's score of one task or group; see `COLUMNS`."""
+
+    method: str
+    name: str
+    level: Literal["task", "group", "mean"]
+    metric: Metric
+    mean: float
+    sd: float | None
+    seeds: tuple[Any, ...]
+    published: float | None
+    expected: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Lines, groups first within each method; and what the reader must know."""
+
+    lines: tuple[Line, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in order."""
+        return list(dict.fromkeys(line.method for line in self.lines))
+
+    @property
+    def names(self) -> list[str]:
+        """Groups, then tasks, in order."""
+        levels: dict[str, str] = {line.name: line.level for line in self.lines}
+        return sorted(levels, key=lambda name: levels[name] == "task")
+
+    def line(self, method: str, name: str) -> Line | None:
+        """The line of a method and a task or group."""
+        return next((line for line in self.lines if (line.method, line.name) == (method, name)), None)
+
+
+def read(folders: Sequence[str | Path]) -> Summary:
+    """The summary of all runs in these folders; what a sweep is still writing (`*.partial`) is left out.
+
+    Raises:
+        ReportError: there are no results, or a file is damaged.
+    """
+    return summarize([run for folder in folders for path in _finished(Path(folder)) for run in find_runs(path)])
+
+
+def _finished(path: Path) -> list[Path]:
+    """The results files in a folder; where there are none, the path itself, for `find_runs` to say so."""
+    files = [file for file in path.rglob("results*.json") if not any(p.endswith(".partial") for p in file.parts)]
+    return sorted(files) or [path]
+
+
+def summarize(runs: Sequence[Run]) -> Summary:
+    """Means over the seeds of each method. Of two runs of one method and seed the newer counts, and a remark says so.
+
+    Raises:
+        ReportError: there is no run.
+    """
+    if not runs:
+        raise ReportError("no finished run to summarize")
+    by_method: dict[str, dict[Any, Run]] = defaultdict(dict)
+    remarks = []
+    for run in sorted(runs, key=lambda run: run.date or 0):
+        method, seed = method_of(run), _seed(run)
+        if seed in by_method[method]:
+            remarks.append(f"{method}, seed {seed}: {run.path} counts, older results of the same are left out.")
+        by_method[method][seed] = run
+    lines: list[Line] = []
+    order = list(PUBLISHED)
+    for method in sorted(by_method, key=lambda name: (order.index(name) if name in order else len(order), name)):
+        by_seed = dict(sorted(by_method[method].items(), key=lambda item: str(item[0])))
+        lines += _lines(method, by_seed)
+        remarks += _differences(method, by_seed)
+    chosen = [run for by_seed in by_method.values() for run in by_seed.values()]
+    seeds = {method: frozenset(by_seed) for method, by_seed in by_method.items()}
+    if len(set(seeds.values())) > 1:
+        told = "; ".join(f"{method} {', '.join(map(str, sorted(s, key=str)))}" for method, s in seeds.items())
+        remarks.append(f"The methods have different seeds: {told}.")
+    if any(line.published is not None for line in lines):
+        tasks = [task for run in chosen for task in run.tasks if task.startswith(published.TASK_PREFIX)]
+        remarks.append(f"Published: {published.source()}.")
+        model_runs = [run for run in chosen if method_of(run) != "random"]
+        differs = published.differences(model_runs, list(dict.fromkeys(tasks))) if model_runs else ""
+        remarks += [f"Here instead: {differs}."] if differs else []
+    return Summary(tuple(lines), tuple(dict.fromkeys(remarks)))
+
+
+def method_of(run: Run) -> str:
+    """The published setting that a run is one of, by its results file; for other models what `Run.method` says."""
+    settings, method = run.settings, run.settings.get("method")
+    if method is None:
+        return run.method
+    votes = any((run.metadata(task, "vote_permutations") or 1) > 1 for task in run.tasks)
+    left_out = any(run.metadata(task, "leave_one_out") for task in run.tasks)
+    if method == "icl" and {run.shots(task) for task in run.tasks} == {0}:
+        return "zero_shot"
+    name = str(method)
+    if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
+        name += f"_loss_{settings['loss_on']}"
+    if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
+        name += "_no_shuffle"
+    return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
+
+
+def _seed(run: Run) -> Any:
+    return next((seed for task in run.tasks if (seed := run.metadata(task, "seed")) is not None), None)
+
+
+def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
+    """A line per group and task; without a group, one for the plain mean of the tasks in its place."""
+    runs = list(by_seed.values())
+    groups = list(dict.fromkeys(group for run in runs for group in run.groups if group in run.raw["results"]))
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    lines = [line for name in (*groups, *tasks) if (line := _line(method, name, by_seed))]
+    whole = {seed: run for seed, run in by_seed.items() if set(run.tasks) == set(tasks)}
+    scored = [line for line in lines if line.level == "task"]
+    if not groups and whole and len(scored) > 1 and len({line.metric for line in scored}) == 1:
+        metric = scored[0].metric
+        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in whole.values()]
+        mean = Line(
+            method=method,
+            name=MEAN_ROW,
+            level="mean",
+            metric=metric,
+            mean=statistics.fmean(means),
+            sd=statistics.stdev(means) if len(means) > 1 else None,
+            seeds=tuple(whole),
+            published=_mean([line.published for line in scored]),
+            expected=_mean([line.expected for line in scored]),
+        )
+        return [mean, *lines]
+    return lines
+
+
+def _line(method: str, name: str, by_seed: dict[Any, Run]) -> Line | None:
+    scored = {seed: run for seed, run in by_seed.items() if name in run.raw["results"]}
+    run = next(iter(scored.values()))
+    metric = choose_metric(run, run, name)
+    if metric is None:
+        return None
+    scored = {seed: run for seed, run in scored.items() if metric in run.metrics(name)}
+    values = [run.score(name, metric).value for run in scored.values()]
+    return Line(
+        method=method,
+        name=name,
+        level="group" if name in run.groups else "task",
+        metric=metric,
+        mean=statistics.fmean(values),
+        sd=statistics.stdev(values) if len(values) > 1 else None,
+        seeds=tuple(scored),
+        published=_published(method, name),
+        expected=expected_of_guessing(run, name) if method == "random" else None,
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def expected_of_guessing(run: Run, name: str) -> float | None:
+    """The exact expectation of guessing: 1 / choices; 0 for free-form answers; for a group the mean of its tasks.
+
+    None for a task that is scored by log-likelihoods, whose choices the results file does not tell.
+    """
+    if name in run.groups:
+        return _mean([expected_of_guessing(run, task) for task in run.groups[name]])
+    config = run.task_config(name)
+    choices = (config.get("metadata") or {}).get("choices")
+    if choices:
+        return 1 / len(choices)
+    return 0.0 if config.get("output_type", "generate_until") == "generate_until" else None
+
+
+def _published(method: str, name: str) -> float | None:
+    figures, theirs = published._data(), PUBLISHED.get(method)
+    if theirs is None:
+        return None
+    if name == published.GROUP:
+        return figures["average"][theirs] / 100
+    score = figures["per_task"][theirs].get(name.removeprefix(published.TASK_PREFIX))
+    return score / 100 if name.startswith(published.TASK_PREFIX) and score is not None else None
+
+
+def _differences(method: str, by_seed: dict[Any, Run]) -> Iterable[str]:
+    """What else than the seed differs between the runs of one method."""
+    known = [{**run.settings, "limit": run.config.get("limit"), "model": run.model} for run in by_seed.values()]
+    keys = dict.fromkeys(key for settings in known for key in settings if key != "seed")
+    for key in keys:
+        values = list(dict.fromkeys(str(settings.get(key)) for settings in known))
+        if len(values) > 1:
+            yield f"{method}: the seeds differ in {key} ({', '.join(values)})."
+
+
+def records(summary: Summary) -> list[dict[str, Any]]:
+    """The lines as plain data, with the keys `COLUMNS`."""
+    found = []
+    for line in summary.lines:
+        record = asdict(line) | {"metric": line.metric.name, "filter": line.metric.filter, "seeds": len(line.seeds)}
+        found.append({column: record[column] for column in COLUMNS})
+    return found
+
+
+def as_csv(summary: Summary) -> str:
+    """All lines under the header `COLUMNS`; an empty cell is "there is none"."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records(summary))
+    return text.getvalue()
+
+
+def as_json(summary: Summary) -> str:
+    """{"schema", "remarks", "rows"}; rows as in the CSV, null for "there is none", `seeds` as a list."""
+    rows = [{**record, "seeds": list(line.seeds)} for record, line in zip(records(summary), summary.lines, strict=True)]
+    content = {"schema": SCHEMA, "remarks": list(summary.remarks), "rows": rows}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_markdown(summary: Summary) -> str:
+    """A table of the methods for each group, then one of all tasks, then the remarks."""
+    parts = [_markdown(table) for table in tables(summary)]
+    parts.append("\n".join(f"- {remark}" for remark in notes(summary)))
+    return "\n\n".join(parts) + "\n"
+
+
+def print_summary(summary: Summary, file: TextIO | None = None, width: int | None = None) -> None:
+    """The same tables for a terminal; the one of the tasks in as many parts as its width asks for."""
+    import os
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=file, highlight=False, width=width)
+    if width is None and not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(file=file, highlight=False, width=120)
+    for whole in tables(summary):
+        for header, *rows in _fitting(whole, console.width):
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+            for i, name in enumerate(header):
+                table.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+            console.print()
+    for note in notes(summary):
+        console.print(Text(note, style="dim"))
+
+
+def notes(summary: Summary) -> list[str]:
+    """How to read the tables, and the remarks."""
+    share = "Scores in percent: mean over the seeds ± standard deviation (n - 1)"
+    known = any(line.published is not None for line in summary.lines)
+    return [f"{share}{'; in parentheses the published figure' if known else ''}.", *summary.remarks]
+
+
+def tables(summary: Summary) -> list[list[list[str]]]:
+    """The tables, header first: for each group its methods; then all tasks and groups by method."""
+    found = []
+    for name in summary.names:
+        lines = [line for method in summary.methods if (line := summary.line(method, name))]
+        if lines[0].level != "task":
+            found.append(_methods_table(name, lines))
+    prefix = task_prefix([name for name in summary.names if _level(summary, name) == "task"])
+    exact = any(line.expected is not None for line in summary.lines)
+    header = [f"{prefix}…" if prefix else "task"]
+    for method in summary.methods:
+        header += [method, "random, exact"] if method == "random" and exact else [method]
+    matrix = [header]
+    for name in summary.names:
+        row = [name.removeprefix(prefix) if _level(summary, name) == "task" else name]
+        for method in summary.methods:
+            line = summary.line(method, name)
+            row.append(_cell(line))
+            if method == "random" and exact:
+                row.append(_percent(line.expected) if line else "–")
+        matrix.append(row)
+    return [*found, matrix]
+
+
+def _methods_table(name: str, lines: Sequence[Line]) -> list[list[str]]:
+    exact = any(line.expected is not None for line in lines)
+    table = [[name, "mean", "sd", "seeds", "published", *(["exact"] if exact else [])]]
+    for line in lines:
+        cells = [line.method, _percent(line.mean), _percent(line.sd), str(len(line.seeds)), _percent(line.published)]
+        table.append([*cells, *([_percent(line.expected)] if exact else [])])
+    return table
+
+
+def _level(summary: Summary, name: str) -> str:
+    return next(line.level for line in summary.lines if line.name == name)
+
+
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return "–"
+    text = _percent(line.mean)
+    text += f" ±{_percent(line.sd)}" if line.sd is not None else ""
+    return text + (f" ({_percent(line.published)})" if line.published is not None else "")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _markdown(table: list[list[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("_", "\\_") for cell in cells) + " |"
+
+    header, *rows = table
+    return "\n".join([line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(line, rows)])
+
+
+def _fitting(table: list[list[str]], width: int) -> Iterable[list[list[str]]]:
+    """The table in parts that fit the width, each with the first column."""
+    widths = [max(len(row[i]) for row in table) + 2 for i in range(len(table[0]))]
+    start = 1
+    while start < len(widths):
+        end = start + 1
+        while end < len(widths) and widths[0] + sum(widths[start : end + 1]) <= width:
+            end += 1
+        yield [[row[0], *row[start:end]] for row in table]
+        start = end

@@ -1,0 +1,224 @@
+"""Runs a sweep: everything that can be wrong is found first, then each cell goes through lm-eval's own `lm_eval run`.
+
+All cells run in this process. `ttt_vllm` keeps one engine and one base model for as long as the arguments of the
+engine are the same, so every cell is given the same ones, whether its method needs adapters or not.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ttt_harness.config import nearest
+from ttt_harness.errors import ConfigError, TTTError
+from ttt_harness.sweep.cells import is_done, locked, written
+from ttt_harness.sweep.display import SweepDisplay
+from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
+
+Execute = Callable[[Call], None]
+
+
+def sweep(*, methods: str | None, seeds: str | None, config: Path | None, options: Sequence[str]) -> int:
+    """Run the grid. Returns the exit status: 0, 1 where a cell failed, 130 after Ctrl-C.
+
+    Args:
+        methods, seeds, config: as on the command line of `ttt-harness sweep`.
+        options: all others, which are those of `lm_eval run`.
+
+    Raises:
+        ConfigError: something in the grid or the options is not allowed; nothing has been run then.
+    """
+    file = read_yaml(config) if config else {}
+    names = parse_methods(methods if methods is not None else file.pop("methods", None))
+    numbers = parse_seeds(seeds if seeds is not None else file.pop("seeds", None))
+    call = lm_eval_call(file, options)
+    root = Path(call.pop("output_path"))
+    cells = cells_of(names, numbers, call)
+    with locked(root):
+        return run_cells(cells, root)
+
+
+def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
+    """The options of `lm_eval run`: those of the command line, and of `file` where the command line gives none.
+
+    Raises:
+        ConfigError: an option is missing or lm-eval refuses it.
+    """
+    from lm_eval._cli.run import Run
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import setup_logging, simple_parse_args_string
+
+    setup_logging(logging.ERROR)  # one display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back
+    parser = argparse.ArgumentParser(prog="ttt-harness sweep")
+    Run.create(parser.add_subparsers())
+    given = vars(parser.parse_args(["run", *options]))
+    call = {key: value for key, value in file.items() if key not in ("methods", "seeds")}
+    known = {field.name for field in dataclasses.fields(EvaluatorConfig)} - {"config"}
+    for key in call:
+        if key not in known:
+            raise ConfigError(
+                f"{key} in --config is neither methods, nor seeds, nor an option of lm_eval.{nearest(key, known)}"
+            )
+    call |= {key: value for key, value in given.items() if key in known and value is not None}
+    for key in ("model_args", "metadata"):
+        value = call.get(key) or {}
+        call[key] = simple_parse_args_string(value) if isinstance(value, str) else value
+        if not isinstance(call[key], dict):
+            raise ConfigError(f"{key}={value!r} is not allowed: write key=value pairs.")
+    tasks = call.get("tasks") or []
+    call["tasks"] = tasks.split(",") if isinstance(tasks, str) else [str(task) for task in tasks]
+    for key, example in {"tasks": "bbh_ttt", "output_path": "results"}.items():
+        if not call.get(key):
+            raise ConfigError(f"{key} is missing: give one with --{key}, e.g. --{key} {example}.")
+    if call.get("use_cache"):
+        raise ConfigError(
+            "--use_cache is not allowed in a sweep: lm-eval's cache knows an answer by its prompt, not by the method "
+            "that gave it; leave it out (cells that are done, and fitted adapters, are kept without it)."
+        )
+    try:
+        EvaluatorConfig.from_cli(argparse.Namespace(**copy.deepcopy(call)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lm-eval refuses these options: {_sentence(error)}") from None
+    return call
+
+
+def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None) -> int:
+    """Run the cells that are not done. Returns the exit status.
+
+    execute: runs one call; by default lm-eval does, after a check of model and tasks.
+    """
+    todo = [cell for cell in cells if not is_done(cell, root)]
+    skipped = len(cells) - len(todo)
+    if skipped:
+        print(f"{skipped} of {len(cells)} cells are done already: skipped.", file=sys.stderr)
+    if not todo:
+        return 0
+    failed: dict[str, str] = {}
+    fits = {name: method.fits for name, method in METHODS.items()}
+    with contextlib.ExitStack() as stack:
+        if execute is None:
+            stack.enter_context(_one_task_index())
+            _check(todo)
+        display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
+        if execute is None:
+            execute = run_lm_eval
+            stack.enter_context(_progress_in(display, todo))
+        try:
+            for cell in todo:
+                display.begin(cell.name)
+                reason = _run(cell, root, execute)
+                if reason:
+                    failed[cell.name] = reason
+                display.end(f"failed: {reason}" if reason else "done", measured=not reason)
+        except KeyboardInterrupt:
+            display.say(f"Stopped at {cell.name}. The same command goes on from there.")
+            return 130
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    done = len(cells) - len(failed)
+    print(f"{done} of {len(cells)} cells are in {root}; `ttt-harness summary {root}` shows them.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run(cell: Cell, root: Path, execute: Execute) -> str | None:
+    """Run one cell. Returns the reason where it fails."""
+    call = copy.deepcopy(cell.call)
+    call["model_args"] = {**cell.engine, **call["model_args"]}
+    try:
+        with written(cell, root) as folder:
+            execute({**call, "output_path": str(folder)})
+    except (Exception, SystemExit) as error:
+        logging.getLogger(__name__).debug("%s failed", cell.name, exc_info=True)
+        return _sentence(error)
+    return None
+
+
+def run_lm_eval(call: Call) -> None:
+    """What `lm_eval run` does with these options. Its tables are not printed, unless there is more to see in them."""
+    from lm_eval._cli.run import Run
+
+    seen = call.get("write_out") or call.get("show_config")
+    with contextlib.nullcontext() if seen else contextlib.redirect_stdout(io.StringIO()):
+        Run._execute(argparse.Namespace(**call))
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Find out what is wrong with the tasks and the model before anything is fitted.
+
+    Raises:
+        TTTError: a task is unknown or has no data, or the model or its arguments are refused.
+    """
+    import lm_eval.models  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import get_model
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    fitted = next((cell for cell in cells if METHODS[cell.method].model == "ttt_vllm"), cells[0])
+    call = copy.deepcopy(fitted.call)
+    call["model_args"] = {**fitted.engine, **call["model_args"]}
+    config = EvaluatorConfig.from_cli(argparse.Namespace(**call))
+    others = {name: getattr(config, name) for name in ("batch_size", "max_batch_size", "device")}
+    get_model(config.model).create_from_arg_obj(config.model_args, others)
+    try:
+        manager = config.process_tasks(config.metadata)
+    except ValueError as error:
+        raise ConfigError(_unknown_task(str(error))) from None
+    loaded = manager.load(config.tasks)
+    tasks = list(loaded["tasks"])
+    shared = [cell.method for cell in cells if cell.method.startswith("shared_")]
+    if shared and len(tasks) == 1:
+        print(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.", file=sys.stderr)
+
+
+def _unknown_task(message: str) -> str:
+    """lm-eval's message, and the nearest name to the first task that it names."""
+    from lm_eval.tasks import TaskManager
+
+    name = message.partition(":")[2].split(",")[0].strip()
+    return f"{name or message} is not a task of lm-eval or of this project.{nearest(name, TaskManager().all_tasks)}"
+
+
+@contextlib.contextmanager
+def _one_task_index() -> Iterator[None]:
+    """Build lm-eval's index of all tasks once, instead of 12 s for each cell."""
+    from lm_eval.tasks import _index
+
+    build, kept = _index.TaskIndex.build, {}
+
+    def build_once(paths: Any, **options: Any) -> Any:
+        key = (*map(str, paths := list(paths)), str(options))
+        if key not in kept:
+            kept[key] = build(paths, **options)
+        return dict(kept[key])  # a group adds names to it
+
+    with mock.patch.object(_index.TaskIndex, "build", staticmethod(build_once)):
+        yield
+
+
+@contextlib.contextmanager
+def _progress_in(display: SweepDisplay, cells: Sequence[Cell]) -> Iterator[None]:
+    """Have `ttt_vllm` show its progress in the sweep's display: two displays would overwrite each other."""
+    if all(METHODS[cell.method].model != "ttt_vllm" for cell in cells):
+        yield
+        return
+    from ttt_harness.harness import model
+
+    with mock.patch.object(model, "RunProgress", display.cell_progress):
+        yield
+
+
+def _sentence(error: BaseException) -> str:
+    """The reason of a failure, in one sentence."""
+    text = " ".join(str(error).split())
+    if isinstance(error, TTTError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+    short = text if len(text) <= 300 else text[:300] + " ..."
+    return f"{type(error).__name__}: {short}" if short else type(error).__name__
