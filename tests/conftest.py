@@ -44,7 +44,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": 2048,
             "rope_theta": 10000.0,
             "tie_word_embeddings": False,
             "bos_token_id": 0,

@@ -124,12 +124,13 @@ def summarize(runs: Sequence[Run]) -> Summary:
         by_method[method][seed] = run
     lines: list[Line] = []
     order = list(PUBLISHED)
-    for method in sorted(by_method, key=lambda name: (order.index(name) if name in order else len(order), name)):
+    methods = sorted(by_method, key=lambda name: (order.index(name) if name in order else len(order), name))
+    for method in methods:
         by_seed = dict(sorted(by_method[method].items(), key=lambda item: str(item[0])))
         lines += _lines(method, by_seed)
         remarks += _differences(method, by_seed)
     chosen = [run for by_seed in by_method.values() for run in by_seed.values()]
-    seeds = {method: frozenset(by_seed) for method, by_seed in by_method.items()}
+    seeds = {method: frozenset(by_method[method]) for method in methods}
     if len(set(seeds.values())) > 1:
         told = "; ".join(f"{method} {', '.join(map(str, sorted(s, key=str)))}" for method, s in seeds.items())
         remarks.append(f"The methods have different seeds: {told}.")

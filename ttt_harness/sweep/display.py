@@ -70,7 +70,9 @@ class SweepDisplay:
             TaskProgressColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self._progress = Progress(*columns, console=self._console) if self._console.is_terminal else None
+        self._progress = (
+            Progress(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+        )
         if self._progress:
             self._cells = self._progress.add_task("cells", total=self._total, completed=skipped, left="")
             self._within = self._progress.add_task("", total=1.0, left="")
@@ -102,7 +104,7 @@ class SweepDisplay:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 

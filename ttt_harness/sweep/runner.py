@@ -8,9 +8,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,11 @@ def sweep(*, methods: str | None, seeds: str | None, config: Path | None, option
     root = Path(call.pop("output_path"))
     cells = cells_of(names, numbers, call)
     with locked(root):
-        return run_cells(cells, root)
+        try:
+            return run_cells(cells, root)
+        except KeyboardInterrupt:
+            print("Stopped before the first cell.", file=sys.stderr)
+            return 130
 
 
 def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
@@ -105,7 +111,8 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
     with contextlib.ExitStack() as stack:
         if execute is None:
             stack.enter_context(_one_task_index())
-            _check(todo)
+            stack.enter_context(_no_bars())
+            _check(todo, root)
         display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
         if execute is None:
             execute = run_lm_eval
@@ -129,15 +136,20 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
 
 def _run(cell: Cell, root: Path, execute: Execute) -> str | None:
     """Run one cell. Returns the reason where it fails."""
-    call = copy.deepcopy(cell.call)
-    call["model_args"] = {**cell.engine, **call["model_args"]}
     try:
         with written(cell, root) as folder:
-            execute({**call, "output_path": str(folder)})
+            execute(_whole_call(cell, folder))
     except (Exception, SystemExit) as error:
-        logging.getLogger(__name__).debug("%s failed", cell.name, exc_info=True)
+        if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+            traceback.print_exception(error)
         return _sentence(error)
     return None
+
+
+def _whole_call(cell: Cell, folder: Path) -> Call:
+    """The cell's call with what only the run needs: where results go, and the arguments of the shared engine."""
+    call = copy.deepcopy(cell.call)
+    return {**call, "model_args": {**cell.engine, **call["model_args"]}, "output_path": str(folder)}
 
 
 def run_lm_eval(call: Call) -> None:
@@ -149,7 +161,7 @@ def run_lm_eval(call: Call) -> None:
         Run._execute(argparse.Namespace(**call))
 
 
-def _check(cells: Sequence[Cell]) -> None:
+def _check(cells: Sequence[Cell], root: Path) -> None:
     """Find out what is wrong with the tasks and the model before anything is fitted.
 
     Raises:
@@ -159,9 +171,9 @@ def _check(cells: Sequence[Cell]) -> None:
     from lm_eval.api.registry import get_model
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    fitted = next((cell for cell in cells if METHODS[cell.method].model == "ttt_vllm"), cells[0])
-    call = copy.deepcopy(fitted.call)
-    call["model_args"] = {**fitted.engine, **call["model_args"]}
+    # the one that asks for most: fitting methods check more arguments, and random guesses none
+    cell = max(cells, key=lambda cell: (METHODS[cell.method].fits, METHODS[cell.method].model == "ttt_vllm"))
+    call = _whole_call(cell, root)
     config = EvaluatorConfig.from_cli(argparse.Namespace(**call))
     others = {name: getattr(config, name) for name in ("batch_size", "max_batch_size", "device")}
     get_model(config.model).create_from_arg_obj(config.model_args, others)
@@ -169,8 +181,10 @@ def _check(cells: Sequence[Cell]) -> None:
         manager = config.process_tasks(config.metadata)
     except ValueError as error:
         raise ConfigError(_unknown_task(str(error))) from None
-    loaded = manager.load(config.tasks)
-    tasks = list(loaded["tasks"])
+    try:
+        tasks = list(manager.load(config.tasks)["tasks"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"lm-eval refuses these tasks: {_sentence(error)}") from None
     shared = [cell.method for cell in cells if cell.method.startswith("shared_")]
     if shared and len(tasks) == 1:
         print(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.", file=sys.stderr)
@@ -198,6 +212,16 @@ def _one_task_index() -> Iterator[None]:
         return dict(kept[key])  # a group adds names to it
 
     with mock.patch.object(_index.TaskIndex, "build", staticmethod(build_once)):
+        yield
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Leave out lm-eval's own progress bars, one for each task of each cell."""
+    import tqdm
+
+    silent = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+    with mock.patch.object(tqdm.tqdm, "__init__", silent):
         yield
 
 

@@ -1,0 +1,85 @@
+"""Kill -9 in the middle of a real sweep: nothing finished is repeated, and the end is that of an undisturbed sweep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+GRID = [
+    *("--methods", "random,zero_shot,icl_vote,ttt,shared_e2e", "--seeds", "42-43"),
+    *("--tasks", "procedural_ttt_boolean_expressions", "procedural_ttt_word_sorting"),
+    *("--limit", "4", "--log_samples"),
+]
+SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=1024,dtype=float32"
+CELLS = 10
+
+
+def command(folder, model):
+    arguments = f"pretrained={model},adapter_dir={folder / 'adapters'},{SETTINGS}"
+    grid = [*GRID, "--model_args", arguments, "--output_path", str(folder / "out")]
+    return [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *grid]
+
+
+def run(folder, model):
+    result = subprocess.run(command(folder, model), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def summary(folder):
+    cli = [sys.executable, "-m", "ttt_harness.report.cli", "summary", "--format", "json", str(folder / "out")]
+    return json.loads(subprocess.run(cli, capture_output=True, text=True, check=True).stdout)
+
+
+def finished(folder):
+    """The files of the finished cells, and when they were written."""
+    cells = [path.parent for path in (folder / "out").glob("*/seed*/cell.json") if path.parent.suffix != ".partial"]
+    return {file: file.stat().st_mtime_ns for cell in cells for file in cell.rglob("*")}
+
+
+def kill_in_the_middle(folder, model):
+    """Start the sweep, and kill it as soon as four cells are done and the next, the first fit's, is at work."""
+    process = subprocess.Popen(command(folder, model), stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None:
+            done = list((folder / "out").glob("*/seed??/cell.json"))
+            if len(done) >= 4 and list((folder / "out").glob("*/*.partial")):
+                break
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(tiny_model, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    told = run(undisturbed, tiny_model)
+    assert f"{CELLS} of {CELLS} cells are in" in told
+
+    kill_in_the_middle(killed, tiny_model)
+    before = finished(killed)
+    done = len({path for path in before if path.name == "cell.json"})
+    assert 4 <= done < CELLS
+
+    told = run(killed, tiny_model)
+    assert f"{done} of {CELLS} cells are done already: skipped." in told
+    after = finished(killed)
+    assert before.items() <= after.items()
+    assert len({path for path in after if path.name == "cell.json"}) == CELLS
+    assert not list((killed / "out").rglob("*.partial"))
+    assert len(list((killed / "out").rglob("results_*.json"))) == CELLS
+    assert summary(killed) == summary(undisturbed)
+    assert {row["method"] for row in summary(killed)["rows"]} == {
+        "random",
+        "zero_shot",
+        "icl_vote",
+        "ttt",
+        "shared_e2e",
+    }
+    assert all(row["seeds"] == [42, 43] for row in summary(killed)["rows"])

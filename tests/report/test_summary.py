@@ -1,0 +1,202 @@
+"""The summary: which method a run is, its mean over the seeds, and the figures beside."""
+
+import csv
+import io
+import json
+import statistics
+
+import pytest
+from runs import ttt, write_run
+
+from ttt_harness.errors import ReportError
+from ttt_harness.report import cli, published
+from ttt_harness.report.results import read_run
+from ttt_harness.report.summary import COLUMNS, PUBLISHED, method_of, read, tables
+
+TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
+
+
+def write(folder, right, *, seed=42, shots=10, choices=(), metadata=None, group="bbh_ttt", tasks=TASKS, **settings):
+    """A run in which `right` of ten questions are right in each task."""
+    scores = {task: [1.0] * right + [0.0] * (10 - right) for task in tasks}
+    path = write_run(
+        folder,
+        scores,
+        source="ttt_vllm",
+        group=group,
+        ttt=ttt(tasks, seed=seed, **settings),
+        metadata={"seed": seed, **(metadata or {})},
+        shots=shots,
+    )
+    content = json.loads(path.read_text())
+    for task, config in content["configs"].items():
+        config["output_type"] = "generate_until"
+        if task == TASKS[0] and choices:
+            config["metadata"]["choices"] = list(choices)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def call(capsys, *arguments):
+    status = cli.main(["summary", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    for seed, right in ((42, 5), (43, 6), (44, 10)):
+        write(tmp_path / f"ttt/seed{seed}", right, seed=seed)
+        write(tmp_path / f"random/seed{seed}", right // 2, seed=seed, method="random", choices=("(A)", "(B)"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("icl", {"method": "icl"}),
+        ("zero_shot", {"method": "icl", "shots": 0}),
+        ("icl_vote", {"method": "icl", "metadata": {"vote_permutations": 5}}),
+        ("ttt", {}),
+        ("ttt_vote", {"metadata": {"vote_permutations": 5}}),
+        ("ttt_loss_all", {"loss_on": "all"}),
+        ("ttt_loss_last", {"loss_on": "last"}),
+        ("ttt_no_shuffle", {"shuffle": False}),
+        ("ttt_no_shuffle_vote", {"shuffle": False, "metadata": {"vote_permutations": 5}}),
+        ("ttt_leave_one_out", {"metadata": {"leave_one_out": True}}),
+        ("shared_ttt", {"method": "shared_ttt"}),
+        ("e2e", {"method": "e2e", "shots": 0, "shuffle": False}),
+        ("shared_e2e", {"method": "shared_e2e", "shots": 0}),
+        ("random", {"method": "random"}),
+    ],
+)
+def test_every_method_is_known_by_its_results_file(tmp_path, name, run):
+    assert name in PUBLISHED
+    assert method_of(read_run(write(tmp_path, 5, **run))) == name
+
+
+def test_another_model_is_named_by_its_shots(tmp_path):
+    assert method_of(read_run(write_run(tmp_path, {"a": [1.0]}, source="hf"))) == "10-shot"
+
+
+def test_mean_and_deviation_over_the_seeds(three_seeds):
+    line = read([three_seeds]).line("ttt", "bbh_ttt_snarks")
+    assert line.mean == pytest.approx(0.7)
+    assert line.sd == pytest.approx(statistics.stdev([0.5, 0.6, 1.0]))
+    assert line.seeds == (42, 43, 44)
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    write(tmp_path, 5)
+    assert read([tmp_path]).line("ttt", "bbh_ttt").sd is None
+
+
+def test_published_figures_stand_beside(three_seeds, tmp_path):
+    write(tmp_path / "loo", 5, metadata={"leave_one_out": True})
+    found = read([three_seeds])
+    data = published._data()
+    assert found.line("ttt", "bbh_ttt").published == data["average"]["ttt"] / 100
+    assert found.line("ttt", "bbh_ttt_snarks").published == data["per_task"]["ttt"]["snarks"] / 100
+    assert found.line("random", "bbh_ttt_snarks").published == 0.5
+    assert found.line("ttt_leave_one_out", "bbh_ttt_snarks").published is None
+
+
+def test_every_published_method_has_figures():
+    assert {name for name in PUBLISHED.values() if name} == set(published._data()["average"])
+
+
+def test_the_exact_expectation_of_guessing(three_seeds):
+    found = read([three_seeds])
+    assert found.line("random", "bbh_ttt_snarks").expected == 0.5
+    assert found.line("random", "bbh_ttt_word_sorting").expected == 0.0
+    assert found.line("random", "bbh_ttt").expected == 0.25
+    assert found.line("ttt", "bbh_ttt_snarks").expected is None
+
+
+def test_tasks_without_a_group_get_their_plain_mean(tmp_path):
+    for seed, right in ((42, 4), (43, 6)):
+        write(tmp_path / f"{seed}", right, seed=seed, group=None)
+    found = read([tmp_path])
+    assert found.names == ["mean of tasks", *TASKS]
+    line = found.line("ttt", "mean of tasks")
+    assert (line.mean, line.sd) == (0.5, pytest.approx(statistics.stdev([0.4, 0.6])))
+
+
+def test_methods_stand_in_the_order_of_the_study(three_seeds, tmp_path):
+    write(tmp_path / "a", 5, method="icl")
+    assert read([three_seeds]).methods == ["random", "icl", "ttt"]
+
+
+def test_of_two_runs_alike_the_newer_counts(tmp_path):
+    write(tmp_path / "a", 5)
+    write(tmp_path / "b", 6)
+    found = read([tmp_path])
+    assert found.line("ttt", "bbh_ttt").mean == 0.6
+    assert any("older results of the same are left out" in remark for remark in found.remarks)
+
+
+def test_what_differs_between_the_seeds_is_said(tmp_path):
+    write(tmp_path / "a", 5, seed=42)
+    write(tmp_path / "b", 5, seed=43, lr=1e-3)
+    assert "ttt: the seeds differ in lr (0.0001, 0.001)." in read([tmp_path]).remarks
+
+
+def test_methods_with_different_seeds_are_said(three_seeds):
+    write(three_seeds / "icl", 5, method="icl")
+    assert "The methods have different seeds: random 42, 43, 44; icl 42; ttt 42, 43, 44." in read([three_seeds]).remarks
+
+
+def test_what_a_sweep_is_still_writing_is_left_out(three_seeds):
+    path = write(three_seeds / "icl/seed42.partial", 5, method="icl")
+    path.write_text(path.read_text()[:100])
+    assert read([three_seeds]).methods == ["random", "ttt"]
+
+
+def test_csv_and_json_hold_the_same(capsys, three_seeds):
+    _, text, _ = call(capsys, three_seeds, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert tuple(rows[0]) == COLUMNS
+    _, text, _ = call(capsys, three_seeds, "--format", "json")
+    content = json.loads(text)
+    assert content["schema"] == "ttt-harness.summary/1"
+    assert [row["mean"] for row in content["rows"]] == [float(row["mean"]) for row in rows]
+    assert [len(row["seeds"]) for row in content["rows"]] == [int(row["seeds"]) for row in rows] == [3] * 6
+    first = content["rows"][0]
+    assert (first["method"], first["name"], first["level"], first["expected"]) == ("random", "bbh_ttt", "group", 0.25)
+
+
+def test_markdown(capsys, three_seeds):
+    _, text, _ = call(capsys, three_seeds, "--format", "markdown")
+    lines = text.splitlines()
+    assert lines[0] == "| bbh\\_ttt | mean | sd | seeds | published | exact |"
+    assert "| ttt | 70.0 | 26.5 | 3 | 57.8 | – |" in lines
+    assert "| snarks | 33.3 ±15.3 (50.0) | 50.0 | 70.0 ±26.5 (77.6) |" in lines
+    assert any(line.startswith("- Published: ") for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_table_fits_the_terminal(capsys, monkeypatch, three_seeds, width):
+    for name, settings in {"a": {"loss_on": "all"}, "b": {"loss_on": "last"}, "c": {"shuffle": False}}.items():
+        write(three_seeds / name, 5, **settings)
+    monkeypatch.setenv("COLUMNS", str(width))
+    status, text, _ = call(capsys, three_seeds)
+    assert status == 0
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("word_sorting") == {60: 3, 80: 2, 200: 1}[width]
+    for cell in ("70.0 ±26.5 (77.6)", "random, exact", "ttt_no_shuffle"):
+        assert cell in text
+
+
+def test_every_table_has_a_cell_for_every_column(three_seeds):
+    write(three_seeds / "icl", 5, method="icl", tasks=TASKS[:1])
+    for header, *rows in tables(read([three_seeds])):
+        assert {len(row) for row in rows} == {len(header)}
+
+
+def test_a_folder_without_results(capsys, tmp_path):
+    status, out, err = call(capsys, tmp_path)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    with pytest.raises(ReportError):
+        read([tmp_path / "nowhere"])
