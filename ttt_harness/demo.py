@@ -4,6 +4,7 @@ Runs `procedural_ttt` with the embedded model in-context, then with test-time tr
 The fits are smaller than the published ones, so that all of it takes minutes on two cores; the README has the rest.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from ttt_harness.report import cli
 
 TASKS = "procedural_ttt"
 QUESTIONS = 25
-SETTINGS = "pretrained=embedded,k=5,num_permutations=10,lr=1e-3"
+SETTINGS = "pretrained=embedded,k=4,num_permutations=8,fit_batch_size=2,lr=1e-3"
 
 
 def main() -> int:
@@ -27,7 +28,8 @@ def main() -> int:
         options = ["--model", "ttt_vllm", "--model_args", f"{SETTINGS},method={method}", "--tasks", TASKS]
         options += ["--limit", str(QUESTIONS), "--output_path", str(folder / method), "--log_samples"]
         print(f"\n[{number}/2] lm_eval {shlex.join(options)}\n", flush=True)
-        result = subprocess.run([sys.executable, "-m", "lm_eval", "run", *options, "--verbosity", "WARNING"])
+        quiet = {**os.environ, "LMEVAL_LOG_LEVEL": "WARNING"}
+        result = subprocess.run([sys.executable, "-m", "lm_eval", "run", *options], env=quiet)
         if result.returncode:
             return result.returncode
     print()

@@ -5,6 +5,7 @@ A variable that the user has set is left as it is.
 
 import logging
 import os
+import warnings
 
 
 def prepare_environment() -> None:
@@ -26,6 +27,7 @@ def prepare_environment() -> None:
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "TRANSFORMERS_VERBOSITY": "error",
         }
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         logging.getLogger("torchao").setLevel(logging.ERROR)  # its C++ extensions, which nothing here needs
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
