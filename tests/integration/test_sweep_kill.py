@@ -12,12 +12,12 @@ import pytest
 pytestmark = pytest.mark.integration
 
 GRID = [
-    *("--methods", "random,zero_shot,icl_vote,ttt,shared_e2e", "--seeds", "42-43"),
+    *("--methods", "random,icl_vote,ttt,shared_e2e", "--seeds", "42-43"),
     *("--tasks", "procedural_ttt_boolean_expressions", "procedural_ttt_word_sorting"),
     *("--limit", "4", "--log_samples"),
 ]
 SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=1024,dtype=float32"
-CELLS = 10
+CELLS = 8
 
 
 def command(folder, model):
@@ -44,12 +44,12 @@ def finished(folder):
 
 
 def kill_in_the_middle(folder, model):
-    """Start the sweep, and kill it as soon as four cells are done and the next, the first fit's, is at work."""
+    """Start the sweep, and kill it as soon as two cells are done and the next, the first fit's, is at work."""
     process = subprocess.Popen(command(folder, model), stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while process.poll() is None:
             done = list((folder / "out").glob("*/seed??/cell.json"))
-            if len(done) >= 4 and list((folder / "out").glob("*/*.partial")):
+            if len(done) >= 2 and list((folder / "out").glob("*/*.partial")):
                 break
             time.sleep(0.02)
     finally:
@@ -65,7 +65,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tiny_model, tmp_path):
     kill_in_the_middle(killed, tiny_model)
     before = finished(killed)
     done = len({path for path in before if path.name == "cell.json"})
-    assert 4 <= done < CELLS
+    assert 2 <= done < CELLS
 
     told = run(killed, tiny_model)
     assert f"{done} of {CELLS} cells are done already: skipped." in told

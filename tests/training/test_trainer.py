@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
-from ttt_harness.training import trainer as trainer_module
 from ttt_harness.training.checkpoint import ModelShape, read_config
 from ttt_harness.training.trainer import Trainer, labelled_logits
 
@@ -84,7 +83,7 @@ def test_labelled_logits_are_rows_of_all_logits(trainer, sequences):
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, monkeypatch, max_tokens):
-    monkeypatch.setitem(trainer_module.MICRO_BATCH_TOKENS, "cpu", max_tokens)
+    monkeypatch.setattr(trainer, "max_tokens", max_tokens)  # 1: every sequence alone, its layers recomputed
     torch.manual_seed(0)
     trainer._reset()
     trainer.model.eval()  # no dropout, whose random numbers fall elsewhere in other micro-batches
@@ -104,6 +103,25 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, m
     for parameter, gradient in zip(adapter, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
         parameter.grad = None
+
+
+def test_recomputed_layers_draw_the_same_dropout(trainer, sequences):
+    tokens, labelled = torch.tensor([sequences[0].tokens]), torch.tensor([sequences[0].labelled])
+    adapter = list(trainer.adapter.values())
+    trainer.fit(sequences, **FIT)  # lora_B is zero before, and so would be most gradients
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        logits = labelled_logits(trainer.model, tokens, labelled, recompute=recompute)
+        gradients.append(torch.autograd.grad(logits.logsumexp(-1).sum(), adapter))
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed)
+
+
+def test_a_sequence_of_any_length_fits_the_memory_that_activations_may_take(tiny_model):
+    trainer = make_trainer(tiny_model)
+    per_token = 2 * (14 * 128 + 6 * 256) * 4
+    assert trainer.max_tokens * per_token == pytest.approx(768 * 2**20, rel=0.01)  # its weights are next to nothing
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tied_model"])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
@@ -26,8 +27,8 @@ from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_mode
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
-# Tokens that pass through the model at once. On a CPU one sequence keeps the activations small; on a GPU more pays.
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Activations may take as much memory as the base weights, and this much (bytes) in any case.
+ACTIVATION_BYTES = 768 * 2**20
 
 OnStep = Callable[[int, int, float], None]
 
@@ -62,6 +63,7 @@ class Trainer:
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
         self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
+        self.max_tokens = _tokens_at_once(self.model, shape, dtype)
 
     def fit(
         self,
@@ -121,9 +123,9 @@ class Trainer:
         """Add up the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
         labels = sum(sum(sequence.labelled) for sequence in batch)
         total = 0.0
-        for part in _micro_batches(batch, MICRO_BATCH_TOKENS[torch.device(self.device).type]):
+        for part in _micro_batches(batch, self.max_tokens):
             tokens, labelled = _pad(part, self.device)
-            logits = labelled_logits(self.model, tokens, labelled)
+            logits = labelled_logits(self.model, tokens, labelled, recompute=tokens.numel() > self.max_tokens)
             loss = functional.cross_entropy(logits, tokens[labelled], reduction="sum") / labels
             loss.backward()
             total += loss.item()
@@ -136,20 +138,30 @@ def shared_trainer(model_dir: Path, shape: ModelShape, **settings: Any) -> Train
     return Trainer(model_dir, shape, **settings)
 
 
-def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor) -> Tensor:
+def _tokens_at_once(model: TransformerDecoder, shape: ModelShape, dtype: torch.dtype) -> int:
+    """How many tokens may pass through the model at once, from what autograd keeps of each."""
+    base_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    # Of each layer: some 14 tensors of the model's width (norms, q, k, v, copies with dropout) and 6 of the MLP's.
+    bytes_per_token = shape.num_layers * (14 * shape.embed_dim + 6 * shape.mlp_dim) * dtype.itemsize
+    return max(1, (base_bytes + ACTIVATION_BYTES) // bytes_per_token)
+
+
+def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:
     """The logits that predict the labelled tokens, and no others.
 
     Args:
         model: a torchtune decoder.
         tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
         labelled: [batch, tokens], True where the token is to be predicted; False at the first token.
+        recompute: keep only what lies between the layers, and compute the rest again for the gradient: a third more
+            time, a fraction of the memory.
 
     Returns:
         float32 logits of shape [labelled tokens, vocabulary], in the order of `tokens[labelled]`.
     """
     hidden = model.tok_embeddings(tokens)
     for layer in model.layers:
-        hidden = layer(hidden)
+        hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
     # The state before a token predicts it.
     return model.output(model.norm(hidden[:, :-1][labelled[:, 1:]])).float()
 
