@@ -177,6 +177,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             for position, group in enumerate(groups, 1):
                 where = f"{group.task} ({position}/{len(groups)})"
                 adapter = self._adapter(group, progress, where) if group.key else None
+                if not self.model.running:
+                    progress.say(f"{where}: starting vLLM")
+                    self.model.start()  # here, so that its time is not counted as the first task's
                 progress.say(f"{where}: answering {len(group.indices)} requests")
                 self._serve_with(adapter, group)
                 start = time.perf_counter()

@@ -33,7 +33,7 @@ class Published:
 def published_for(run: Run) -> Published | None:
     """The published method that a run repeats, as closely as its settings tell; None when there is none."""
     method = _method(run)
-    data = _data()
+    data = published_results()
     if method is None or method not in data["per_task"]:
         return None
     scores = {TASK_PREFIX + task: percent / 100 for task, percent in data["per_task"][method].items()}
@@ -47,12 +47,14 @@ def covers(runs: Sequence[Run]) -> bool:
 
 def source() -> str:
     """One line that names where the published figures are from."""
-    return f"{_SHORT_SOURCE}: {_data()['model']}, accuracy, mean of {len(_data()['seeds'])} seeds"
+    return (
+        f"{_SHORT_SOURCE}: {published_results()['model']}, accuracy, mean of {len(published_results()['seeds'])} seeds"
+    )
 
 
 def differences(runs: Sequence[Run], tasks: Sequence[str]) -> str:
     """One line on what sets these runs apart from the published ones; empty where nothing is known to."""
-    data, found = _data(), []
+    data, found = published_results(), []
     models = sorted({run.model for run in runs if run.model.lower() != data["model"].lower()})
     if models:
         found.append(f"{' and '.join(models)} (published: {data['model']})")
@@ -74,6 +76,8 @@ def differences(runs: Sequence[Run], tasks: Sequence[str]) -> str:
 
 def _method(run: Run) -> str | None:
     settings, method = run.settings, run.settings.get("method")
+    if any(run.metadata(task, "leave_one_out") for task in run.tasks):
+        return None  # an ablation without published figures
     votes = any((run.metadata(task, "vote_permutations") or 1) > 1 for task in run.tasks)
     if method in (None, "icl"):
         shots = {run.shots(task) for task in run.tasks if task.startswith(TASK_PREFIX)}
@@ -100,7 +104,7 @@ _SETTINGS = {
 
 
 def _changed_settings(run: Run, method: str) -> list[str]:
-    table = _data()["hyperparameters"]
+    table = published_results()["hyperparameters"]
     family = next((name for name in ("shared_ttt", "shared_e2e", "e2e") if method.startswith(name)), "ttt")
     expected = {**table["ttt"], **table.get("e2e" if family == "shared_e2e" else family, {}), **table.get(family, {})}
     return [
@@ -111,7 +115,8 @@ def _changed_settings(run: Run, method: str) -> list[str]:
 
 
 @cache
-def _data() -> dict[str, Any]:
+def published_results() -> dict[str, Any]:
+    """The published figures and hyperparameters, as in the source: percent, by method and task."""
     text = files("ttt_harness.report").joinpath("published_results.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
     return data

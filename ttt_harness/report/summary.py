@@ -231,7 +231,7 @@ def expected_of_guessing(run: Run, name: str) -> float | None:
 
 
 def _published(method: str, name: str) -> float | None:
-    figures, theirs = published._data(), PUBLISHED.get(method)
+    figures, theirs = published.published_results(), PUBLISHED.get(method)
     if theirs is None:
         return None
     if name == published.GROUP:

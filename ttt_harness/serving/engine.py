@@ -4,7 +4,6 @@ lm-eval's `VLLM` class starts an engine as soon as it is made. `Engine` stands i
 it at the first request, so that everything that can be wrong with a run is found before a model is loaded.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,6 @@ from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 
 from ttt_harness.errors import ModelError
-
-_log = logging.getLogger(__name__)
 
 
 def has_native_bf16() -> bool:
@@ -66,14 +63,17 @@ class Engine:
         return SimpleNamespace(model_config=self._model_config)
 
     @property
-    def llm(self) -> LLM:
-        """The running engine, started if it is not.
+    def running(self) -> bool:
+        """Whether the engine is started."""
+        return self._llm is not None
+
+    def start(self) -> LLM:
+        """Start the engine if it is not running, and return it.
 
         Raises:
             ModelError: vLLM cannot start it.
         """
         if self._llm is None:
-            _log.info("Starting vLLM ...")
             try:
                 self._llm = LLM(**self.engine_args)
             except Exception as error:
@@ -88,7 +88,7 @@ class Engine:
         lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
         """Answer `prompts` in order, all with the same adapter or none."""
-        return self.llm.generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
+        return self.start().generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
 
     def changes_output(self, adapter: LoRARequest, prompt: Sequence[int]) -> bool:
         """Whether `adapter` changes the likeliest next tokens, or their log-probabilities, after `prompt`."""
