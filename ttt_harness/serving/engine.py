@@ -28,7 +28,7 @@ def has_native_bf16() -> bool:
 
 def default_engine_args() -> dict[str, Any]:
     """What the engine is started with where the user says nothing."""
-    args: dict[str, Any] = {"enable_prefix_caching": True}
+    args: dict[str, Any] = {"enable_prefix_caching": True, "use_tqdm_on_load": False}
     if current_platform.is_cpu():
         args |= {
             "dtype": "bfloat16" if has_native_bf16() else "float32",

@@ -28,6 +28,7 @@ def prepare_environment() -> None:
             "TRANSFORMERS_VERBOSITY": "error",
         }
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # the variable above counts only once vLLM is loaded
         logging.getLogger("torchao").setLevel(logging.ERROR)  # its C++ extensions, which nothing here needs
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
