@@ -15,8 +15,8 @@ from ttt_harness.config import cache_dir
 from ttt_harness.report import cli
 
 TASKS = "procedural_ttt"
-QUESTIONS = 25
-SETTINGS = "pretrained=embedded,k=4,num_permutations=8,fit_batch_size=2,lr=1e-3"
+QUESTIONS = 20
+SETTINGS = "pretrained=embedded,k=4,num_permutations=6,fit_batch_size=2,lr=1e-3"
 
 
 def main() -> int:
