@@ -94,7 +94,7 @@ def test_one_seed_has_no_deviation(tmp_path):
 def test_published_figures_stand_beside(three_seeds, tmp_path):
     write(tmp_path / "loo", 5, metadata={"leave_one_out": True})
     found = read([three_seeds])
-    data = published._data()
+    data = published.published_results()
     assert found.line("ttt", "bbh_ttt").published == data["average"]["ttt"] / 100
     assert found.line("ttt", "bbh_ttt_snarks").published == data["per_task"]["ttt"]["snarks"] / 100
     assert found.line("random", "bbh_ttt_snarks").published == 0.5
@@ -102,7 +102,7 @@ def test_published_figures_stand_beside(three_seeds, tmp_path):
 
 
 def test_every_published_method_has_figures():
-    assert {name for name in PUBLISHED.values() if name} == set(published._data()["average"])
+    assert {name for name in PUBLISHED.values() if name} == set(published.published_results()["average"])
 
 
 def test_the_exact_expectation_of_guessing(three_seeds):
