@@ -49,6 +49,11 @@ def majority(answers: Iterable[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer), default="")
 
 
+def vote(results: Iterable[str | Sequence[str]]) -> str:
+    """The majority among the answers of one document: one entry for each request, a text or a list of texts."""
+    return majority(answer for result in results for answer in ([result] if isinstance(result, str) else result))
+
+
 def score_answer(doc: dict[str, Any], results: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Score one document; lm-eval calls it as `process_results`.
 
@@ -60,8 +65,7 @@ def score_answer(doc: dict[str, Any], results: Sequence[str | Sequence[str]]) ->
     Returns:
         `{"acc": 1.0}` if the answer equals the target without regard to case and outer white space, else 0.0.
     """
-    answers = [answer for result in results for answer in ([result] if isinstance(result, str) else result)]
-    return {"acc": float(majority(answers) == doc["target"].strip().lower())}
+    return {"acc": float(vote(results) == doc["target"].strip().lower())}
 
 
 @register_filter("bbh_answer")

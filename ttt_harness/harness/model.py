@@ -153,12 +153,10 @@ class TTTVLLM(vllm_causallms.VLLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to `config` in its results: the settings, and for each task the cost of its stages."""
-        settings = {name: value for name, value in asdict(self.ttt_config).items() if name != "adapter_dir"}
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
-                "settings": settings
-                | {"model_dir": str(self.model_dir), "dtype": str(self._dtype).removeprefix("torch.")},
+                "settings": {**self._settings, "model_dir": str(self.model_dir), "dtype": self._dtype_name},
                 "tasks": self._records,
                 "versions": {name: version(name) for name in packages},
             }
@@ -212,13 +210,14 @@ class TTTVLLM(vllm_causallms.VLLM):
             if group.support is not None:
                 group.sequences = self._sequences(group.task, group.support)
         if self._fits:
-            if self.ttt_config.method.startswith("shared_"):
+            shared = self.ttt_config.method.startswith("shared_")
+            if shared:
                 together = [sequence for group in groups for sequence in group.sequences]
                 for group in groups:
                     group.sequences = together
-            keys = {id(group.sequences): self._key(group.sequences) for group in groups}
+                key = self._key(together)  # once: these are the sequences of all tasks
             for group in groups:
-                group.key = keys[id(group.sequences)]
+                group.key = key if shared else self._key(group.sequences)
         return groups
 
     def _sequences(self, task: str, support: SupportSet) -> list[TrainingSequence]:
@@ -271,6 +270,15 @@ class TTTVLLM(vllm_causallms.VLLM):
         return self.model.llm_engine.model_config.dtype
 
     @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The settings that results and records state: all but where adapters are kept."""
+        return {name: value for name, value in asdict(self.ttt_config).items() if name != "adapter_dir"}
+
+    @property
     def _fit_device(self) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -305,7 +313,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         }
 
     def _fit_tokens(self, sequences: Sequence[TrainingSequence]) -> int:
-        return self._fit_arguments()["epochs"] * sum(len(sequence.tokens) for sequence in sequences)
+        return (self.ttt_config.epochs or 0) * sum(len(sequence.tokens) for sequence in sequences)
 
     def _stored(self, key: str) -> StoredAdapter | None:
         """The adapter named `key`, if it is there; it is read from the store once in a run."""
@@ -363,8 +371,8 @@ class TTTVLLM(vllm_causallms.VLLM):
             dropout=config.lora_dropout,
             record={
                 "task": group.task,
-                "settings": {name: value for name, value in asdict(config).items() if name != "adapter_dir"},
-                "dtype": str(self._dtype).removeprefix("torch."),
+                "settings": self._settings,
+                "dtype": self._dtype_name,
                 "train_sequences": len(group.sequences),
                 "train_tokens": result.tokens,
                 "losses": [round(loss, 6) for loss in result.losses],

@@ -16,7 +16,7 @@ from lm_eval.api.utils import maybe_delimit
 from ttt_harness.config import TaskSettings
 from ttt_harness.data.sequences import Demonstration, SupportSet, permutations
 from ttt_harness.errors import ConfigError, DataError
-from ttt_harness.harness.filters import majority
+from ttt_harness.harness.filters import vote
 
 
 class TTTTask(ConfigurableTask):
@@ -133,8 +133,7 @@ class TTTTask(ConfigurableTask):
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
         """As in the base class; for a vote, of the answer that most prompts led to."""
         if len(results) > 1 and self.OUTPUT_TYPE == "generate_until":
-            answers = (answer for result in results for answer in ([result] if isinstance(result, str) else result))
-            results = [majority(answers)]
+            results = [vote(results)]
         return super().process_results(doc, results)
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> Any:
