@@ -24,6 +24,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
+from ttt_harness.training.fused import fuse
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
@@ -62,6 +63,7 @@ class Trainer:
         self.model = load_base_model(
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
+        fuse(self.model)
         self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
         self.max_tokens = _tokens_at_once(self.model, shape, dtype)
 
@@ -92,7 +94,7 @@ class Trainer:
             torch.manual_seed(seed)
             self._reset()
             batches = list(_batches(sequences, batch_size=batch_size, epochs=epochs, seed=seed))
-            optimizer = torch.optim.AdamW(self.adapter.values(), lr=lr, weight_decay=WEIGHT_DECAY)
+            optimizer = torch.optim.AdamW(self.adapter.values(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
             schedule = get_cosine_schedule_with_warmup(
                 optimizer, num_warmup_steps=math.floor(warmup_ratio * len(batches)), num_training_steps=len(batches)
             )
