@@ -115,8 +115,8 @@ def python(module: str, *arguments: Any) -> list[str]:
 
 def _read(process: subprocess.Popen, log: Path, start: float, marks: Mapping[str, str], seen: dict[str, float]) -> None:
     assert process.stdout is not None
-    with log.open("wb") as file:
-        for line in process.stdout:
+    with process.stdout as lines, log.open("wb") as file:
+        for line in lines:
             now = time.perf_counter() - start
             file.write(line)
             file.flush()
