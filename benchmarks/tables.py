@@ -42,6 +42,7 @@ def print_run(console: Console, stages: Mapping[str, Any]) -> None:
         if done := stages.get(name):
             _print_rows(console, label, own_rows(done), peak)
     _print_accuracy(console, stages)
+    _print_memory(console, stages)
 
 
 def print_figures(console: Console, medians: Mapping[str, float], content: Mapping[str, Any]) -> None:
@@ -95,6 +96,29 @@ def _print_accuracy(console: Console, stages: Mapping[str, Any]) -> None:
         cells = [f"{100 * tasks[task]['accuracy']:.1f} %" if task in tasks else "" for tasks in present.values()]
         table.add_row(task, *cells)
     console.print(table)
+
+
+def _print_memory(console: Console, stages: Mapping[str, Any]) -> None:
+    table = Table("peak memory", box=box.SIMPLE)
+    for heading in ("GiB", "limit", "on the card"):
+        table.add_column(heading, justify="right")
+
+    def add(what: str, done: Mapping[str, Any], peak: str = "peak_bytes") -> None:
+        cells = (done.get(name) for name in (peak, "limit_bytes", "gpu_peak_bytes"))
+        table.add_row(what, *("" if value is None else f"{value / GIB:.2f}" for value in cells))
+
+    if fits := stages.get("original_fits"):
+        add("original: process of a fit", max(fits.values(), key=lambda fit: fit["peak_bytes"]))
+    for label, name in (("original: serving", "original_serve"), ("this project: its process", "ours")):
+        if done := stages.get(name):
+            add(label, done)
+    for name in ("memory_short", "memory_full"):
+        if done := stages.get(name):
+            add(f"this project: a fit alone, {done['tokens']} tokens a sequence", done)
+    if done := stages.get("adapter"):
+        add("this project: the engine alone", done, "serve_peak_bytes")
+    if table.row_count:
+        console.print(table)
 
 
 def print_growth(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
