@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="what the original pipeline runs, and ratios are taken on (default: --tasks)",
     )
+    compare.add_argument(
+        "--serve-sample",
+        type=int,
+        default=5,
+        metavar="N",
+        help="on a CPU, questions of each task that vLLM's own LoRA kernels answer, scaled to all; 0: all (default: 5)",
+    )
     compare.add_argument("--stages", metavar="NAMES", help="some of ours,original,adapter,prefix,memory (default: all)")
     compare.set_defaults(run=_compare)
 
@@ -111,6 +118,7 @@ def _settings(args: argparse.Namespace) -> Any:
         seed=args.seed,
         generation_budget=args.generation_budget,
         max_model_len=args.max_model_len,
+        serve_sample=getattr(args, "serve_sample", 0),
         stages=_names(getattr(args, "stages", None) or "") or None,
         stage_limit=args.stage_limit,
     )

@@ -5,9 +5,10 @@ into its time limit, is recorded under `failed`; the others go on.
 """
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class Settings:
 
     model: `pretrained`. tasks: all that this project runs; original_tasks: those that the original pipeline runs, and
     on which the ratios are taken. limit: questions of each. k, permutations, seed, generation_budget: as in the
-    project's settings. max_model_len: tokens, of both engines. stages: which of `STAGES`, None for the machine's own.
-    stage_limit: seconds after which a stage is ended.
+    project's settings. max_model_len: tokens, of both engines. serve_sample: on a CPU, vLLM's own LoRA kernels answer
+    only this many questions of each task, and their time is scaled by prompt tokens; 0 for all. stages: which of
+    `STAGES`, None for the machine's own. stage_limit: seconds after which a stage is ended.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Settings:
     seed: int
     generation_budget: str
     max_model_len: int
+    serve_sample: int
     stages: tuple[str, ...] | None
     stage_limit: float
 
@@ -60,6 +63,8 @@ class Settings:
                 raise ConfigError(f"--stages {stage} needs the adapters of the stage ours: add ours.")
         if self.limit < 1:
             raise ConfigError(f"--limit {self.limit} is not allowed: it must be a whole number of at least 1.")
+        if self.serve_sample < 0:
+            raise ConfigError(f"--serve-sample {self.serve_sample} is not allowed: it must be 0 (all) or more.")
         if not self.stage_limit > 0:
             raise ConfigError(f"--stage-limit {self.stage_limit} is not allowed: it must be a number above 0.")
         if self.permutations % self.fit.fit_batch_size:
@@ -268,8 +273,10 @@ class Benchmark:
         }
         if self.device == "cpu":
             engine["enforce_eager"] = True  # compiling takes longer than it saves in such a run
+        sample = 0 if own_kernels or self.device != "cpu" else self.settings.serve_sample
+        work = [replace(task, requests=task.requests[: sample or None]) for task in self.compared]
         done = original.serve(
-            self.compared,
+            work,
             folder / "original" / name,
             engine=engine,
             adapters={task: fit["adapter"] for task, fit in fits.items()},
@@ -279,20 +286,30 @@ class Benchmark:
         answers, seconds = done.pop("answers"), done["tasks"]
         done["tasks"] = {
             task.name: {
-                "generate_seconds": seconds[task.name],
-                "accuracy": task.accuracy(answers[task.name]),
-                **self._counts(task, answers[task.name]),
+                "generate_seconds": seconds[task.name] * whole.prompt_tokens / task.prompt_tokens,
+                "answered": len(task.requests),
+                "requests": len(whole.requests),
+                "accuracy": whole.accuracy(answers[task.name]),
+                **self._counts(whole, answers[task.name]),
             }
-            for task in self.compared
+            for task, whole in zip(work, self.compared, strict=True)
         }
+        scaled = sum(task["generate_seconds"] for task in done["tasks"].values())
+        done["measured_seconds"] = done["seconds"]
+        done["seconds"] += scaled - done["generate_seconds"]
+        done["generate_seconds"] = scaled
         return done
 
     def _counts(self, task: TaskWork, texts: Sequence[str]) -> dict[str, Any]:
-        """What answering took in tokens and operations; the tokens of an answer are its text's and one to end it."""
+        """What answering took in tokens and operations; the tokens of an answer are its text's and one to end it.
+
+        Questions beyond `texts` were not asked, and are taken to be answered at the mean length.
+        """
         generated = [
             min(self.tokenizer.count(text) + 1, request.max_tokens)
-            for text, request in zip(texts, task.requests, strict=True)
+            for text, request in zip(texts, task.requests, strict=False)
         ]
+        generated += [round(statistics.fmean(generated))] * (len(task.requests) - len(texts))
         prompts = [request.tokens for request in task.requests]
         return {
             "prompt_tokens": task.prompt_tokens,

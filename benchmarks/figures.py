@@ -113,6 +113,9 @@ def original_rows(stages: Stages) -> dict[str, list[Row]]:
                 Row("start of the engine", served["seconds"] - served["generate_seconds"]),
                 Row("generate", served["generate_seconds"], _asked(tasks), sum(t["generate_flops"] for t in tasks)),
             ]
+            answered, asked = (sum(task[part] for task in tasks) for part in ("answered", "requests"))
+            if answered < asked:
+                label += f" (generation scaled by tokens from {answered} of {asked} questions)"
             found[label] = [*rows, Row("total", sum(row.seconds for row in rows))]
     return found or {"original": fit_rows}
 

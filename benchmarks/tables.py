@@ -60,6 +60,13 @@ def print_figures(console: Console, medians: Mapping[str, float], content: Mappi
     native = "" if measured[0]["native_bf16"] else "; this machine does not multiply in bfloat16"
     console.print(f"Both pipelines compute in {measured[0]['dtype']}{native}.")
     console.print(f"Ratios are taken on {content['settings']['ratios_on']}.")
+    served = [run["stages"]["original_serve"] for run in content["runs"] if "original_serve" in run["stages"]]
+    if served and any(task["answered"] < task["requests"] for task in served[0]["tasks"].values()):
+        sample = content["settings"]["serve_sample"]
+        console.print(
+            f"vLLM's own LoRA kernels answered {sample} questions of each task; their generation time is scaled by "
+            "tokens (--serve-sample 0 asks all)."
+        )
     runs = len(content["runs"])
     table = Table("figure", "median" if runs > 1 else "value", "meaning", box=box.SIMPLE, title=f"{runs} run(s)")
     for name, value in medians.items():

@@ -43,13 +43,14 @@ class TaskWork:
         return sum(len(request.tokens) for request in self.requests)
 
     def accuracy(self, answers: Sequence[str]) -> float:
-        """The task's score of `answers`, one for each request in order, by its own filters and metric."""
-        for instance, answer in zip(self.task.instances, answers, strict=True):
+        """The task's score of `answers` to its first questions, in order, by its own filters and metric."""
+        instances = self.task.instances
+        for instance, answer in zip(instances, [*answers, *[""] * (len(instances) - len(answers))], strict=True):
             instance.resps = [answer]
             instance.filtered_resps = {}
         self.task.apply_filters()
         scores = []
-        for instance in self.task.instances:
+        for instance in instances[: len(answers)]:
             (filtered,) = instance.filtered_resps.values()
             scores.append(float(self.task.process_results(instance.doc, [filtered])["acc"]))
         return sum(scores) / len(scores)

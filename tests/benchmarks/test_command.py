@@ -23,6 +23,7 @@ TASK = "procedural_ttt_boolean_expressions"
         (["compare", "--permutations", "7"], "use a multiple of 5"),
         (["compare", "--stages", "orignal"], "Did you mean 'original'?"),
         (["compare", "--stages", "adapter"], "add ours"),
+        (["compare", "--serve-sample", "-1"], "--serve-sample -1 is not allowed"),
         (["compare", "--k", "0"], "k=0 is not allowed"),
         (["compare", "--model", "/nowhere/model"], "there is no such directory"),
         (["compare", "--generation-budget", "short"], "one of full, published"),

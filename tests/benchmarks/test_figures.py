@@ -21,6 +21,7 @@ SETTINGS = Settings(
     seed=42,
     generation_budget="full",
     max_model_len=2048,
+    serve_sample=0,
     stages=None,
     stage_limit=60,
 )
@@ -36,6 +37,8 @@ def task(fit_seconds, tokens, generate_seconds=1.0):
         "prompt_tokens": 20,
         "answer_tokens": [1, 2],
         "accuracy": 0.5,
+        "answered": 2,
+        "requests": 2,
     }
 
 
@@ -103,6 +106,11 @@ def test_a_missing_stage_leaves_its_figures_out(stages, name):
 def test_rows_add_up_to_the_total(stages):
     for rows in [*original_rows(stages).values(), own_rows(stages["ours"])]:
         assert sum(row.seconds for row in rows[:-1]) == pytest.approx(rows[-1].seconds)
+
+
+def test_a_scaled_generation_says_so(stages):
+    stages["original_serve"] = {**stages["original_serve"], "tasks": {"one": {**task(1.0, 10), "requests": 4}}}
+    assert "original (generation scaled by tokens from 2 of 4 questions)" in original_rows(stages)
 
 
 def test_growth_names_what_grows_faster_than_its_tokens(stages):
