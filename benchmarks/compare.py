@@ -176,7 +176,7 @@ class Benchmark:
             record.stage("prefix", "generation without prefix caching", self._prefix, folder, mine)
         if number == 1 and "memory" in self.stages:
             first = self.compared[0].sequences[: self.config.fit_batch_size]
-            full = memory.filling(first[0], self._engine()["max_model_len"], self.config.fit_batch_size)
+            full = memory.filling(first[0], self._engine()["max_model_len"])
             record.stage("memory_short", "memory of a fit", self._memory, folder, "memory_short", first)
             record.stage("memory_full", "memory of a fit that fills the context", self._memory, folder, "full", full)
         record.stage("peak_after", "matmul peak", self._peak)

@@ -54,8 +54,12 @@ def fit_peak(
     return {**json.loads((folder / "answer.json").read_text()), "tokens": longest}
 
 
-def filling(sequence: TrainingSequence, length: int, count: int) -> list[TrainingSequence]:
-    """`count` sequences of `length` tokens: the given one, again and again."""
+def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[TrainingSequence]:
+    """`count` sequences of `length` tokens: the given one, again and again.
+
+    Two are enough: sequences that fill the context pass through the model one by one, so that the second already meets
+    what a batch of any size leaves behind, its gradient. Five of them would take minutes on a CPU.
+    """
     repeats = length // len(sequence.tokens) + 1
     long = TrainingSequence((sequence.tokens * repeats)[:length], (sequence.labelled * repeats)[:length])
     return [long] * count
