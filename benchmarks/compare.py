@@ -80,10 +80,10 @@ class Settings:
 
     @property
     def ratios_on(self) -> str:
-        """In words, what the ratios are taken on."""
+        """In words, the tasks that the ratios are taken on."""
         if set(self.original_tasks) == set(self.tasks):
             return "all tasks"
-        return f"{len(self.original_tasks)} tasks, for which this project ran once more alone"
+        return f"{', '.join(self.original_tasks)}, which this project ran once more, alone"
 
 
 class Recorder:
@@ -129,7 +129,7 @@ class Benchmark:
     def __init__(self, settings: Settings, folder: Path, *, machine: dict[str, Any] | None = None) -> None:
         self.settings = settings
         self.folder = folder
-        self.model_dir = embedded_model_path() if settings.model == "embedded" else Path(settings.model)
+        self.model_dir = embedded_model_path() if settings.model == "embedded" else Path(settings.model).resolve()
         self.shape = ModelShape.from_config(read_config(self.model_dir), where=str(self.model_dir))
         self.config = settings.fit
         self.tokenizer = Tokenizer(self.model_dir)
