@@ -91,7 +91,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         self.model_dir = _model_dir(str(pretrained), model_args.get("revision"))
         hf_config = read_config(self.model_dir)
         self._fits = config.method != "icl"
-        if self._fits:
+        if self._fits or model_args.get("enable_lora"):
             self._shape = ModelShape.from_config(hf_config, where=str(self.model_dir))
         own = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS}
         engine_args = default_engine_args()
@@ -106,7 +106,8 @@ class TTTVLLM(vllm_causallms.VLLM):
             engine_args["enable_lora"] = True
             engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
         self._memory: MemoryPlan | None = None
-        if self._fits and self._fit_device == "cuda":
+        # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
+        if engine_args.get("enable_lora") and self._fit_device == "cuda":
             self._memory, engine_args = self._share_gpu(engine_args)
         # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
         llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
