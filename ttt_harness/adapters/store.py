@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,19 @@ def adapter_key(determinants: Mapping[str, Any]) -> str:
 
 def fingerprint(model_dir: Path) -> str:
     """A hash of a base model's config and weights, by content: 64 hexadecimal digits."""
+    paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
     digest = hashlib.sha256()
-    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
-        digest.update(path.name.encode() + b"\0")
-        target = path.resolve().name
-        if len(target) == 64 and all(c in "0123456789abcdef" for c in target):
-            digest.update(target.encode())  # the hub's cache names its files by their sha256
-        else:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    with ThreadPoolExecutor() as readers:  # hashing runs outside Python's lock, and a large model has many files
+        for path, content in zip(paths, readers.map(_content_hash, paths), strict=True):
+            digest.update(path.name.encode() + b"\0" + content)
     return digest.hexdigest()
+
+
+def _content_hash(path: Path) -> bytes:
+    name = path.resolve().name
+    if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
+        return name.encode()  # the hub's cache names its files by their sha256
+    return bytes.fromhex(_sha256(path))
 
 
 class AdapterStore:
