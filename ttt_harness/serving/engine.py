@@ -77,9 +77,9 @@ class Engine:
     def start_soon(self) -> None:
         """Start the engine in the background; whoever needs it first waits for it."""
         if not self.running:
-            with ThreadPoolExecutor(1, thread_name_prefix="engine-start") as starter:
-                self._starting = starter.submit(self._start)
-                starter.shutdown(wait=False)
+            starter = ThreadPoolExecutor(1, thread_name_prefix="engine-start")
+            self._starting = starter.submit(self._start)
+            starter.shutdown(wait=False)
 
     def start(self) -> LLM:
         """Start the engine if it is not running, wake it if it sleeps, and return it.
