@@ -6,11 +6,12 @@ lm-eval writes its results bit by bit into `seed<N>.partial` beside it; that fol
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ttt_harness.errors import ConfigError, ReportError, TTTError
 from ttt_harness.report.results import Run, find_runs
@@ -32,22 +33,50 @@ _NOT_RECORDED = {
 def locked(root: Path) -> Iterator[None]:
     """Make the folder of a sweep, and keep other sweeps out of it. The lock ends with the process, however it ends.
 
+    An empty folder that was made here is removed at the end, so that a sweep that is refused leaves nothing behind.
+
     Raises:
         ConfigError: the folder cannot be written, or another sweep is writing there.
     """
+    there = root.exists()
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / LOCK).open("w")
+        file = _lock(root)
+    except BlockingIOError:
+        raise ConfigError(f"another sweep is writing to {root}; wait for it, or choose another folder.") from None
     except OSError as error:
         raise ConfigError(f"--output_path {root} cannot be written: {error.strerror}; choose another folder.") from None
     with file:
         try:
+            yield
+        finally:
+            (root / LOCK).unlink(missing_ok=True)
+            if not there:
+                with suppress(OSError):  # it is not empty
+                    root.rmdir()
+
+
+def _lock(root: Path) -> IO[str]:
+    """The lock file of `root`, open and locked.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the folder cannot be written.
+    """
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / LOCK).open("a+")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another sweep is writing to {root}; wait for it, or choose another folder.") from None
+            file.close()
+            raise
         except OSError:  # a file system without locks: then it is for the user to start one sweep at a time
-            pass
-        yield
+            return file
+        # the process that held it may have removed it since it was opened here
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(root / LOCK)):
+                return file
+        file.close()
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:

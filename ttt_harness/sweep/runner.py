@@ -20,6 +20,7 @@ from unittest import mock
 
 from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError, TTTError
+from ttt_harness.harness.progress import showing
 from ttt_harness.sweep.cells import is_done, locked, written
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
@@ -116,7 +117,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
         display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
         if execute is None:
             execute = run_lm_eval
-            stack.enter_context(_progress_in(display, todo))
+            stack.enter_context(showing(display))
         try:
             for cell in todo:
                 display.begin(cell.name)
@@ -125,7 +126,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
                     failed[cell.name] = reason
                 display.end(f"failed: {reason}" if reason else "done", measured=not reason)
         except KeyboardInterrupt:
-            display.say(f"Stopped at {cell.name}. The same command goes on from there.")
+            display.print(f"Stopped at {cell.name}. The same command goes on from there.")
             return 130
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
@@ -222,18 +223,6 @@ def _no_bars() -> Iterator[None]:
 
     silent = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     with mock.patch.object(tqdm.tqdm, "__init__", silent):
-        yield
-
-
-@contextlib.contextmanager
-def _progress_in(display: SweepDisplay, cells: Sequence[Cell]) -> Iterator[None]:
-    """Have `ttt_vllm` show its progress in the sweep's display: two displays would overwrite each other."""
-    if all(METHODS[cell.method].model != "ttt_vllm" for cell in cells):
-        yield
-        return
-    from ttt_harness.harness import model
-
-    with mock.patch.object(model, "RunProgress", display.cell_progress):
         yield
 
 
