@@ -164,7 +164,7 @@ class TestOptions:
         monkeypatch.setattr(runner, "sweep", lambda **given: seen.update(given) or 0)
         options = ["--model_args", "pretrained=m", "lr=1e-3", "--seed", "1", "-L", "4", "--tasks", "a", "b", "-s"]
         assert cli.main(["sweep", *options[:3], "--methods", "icl", *options[3:], "--seeds", "42-43"]) == 0
-        assert seen == {"methods": "icl", "seeds": "42-43", "config": None, "options": options}
+        assert seen == {"methods": "icl", "seeds": "42-43", "config": None, "options": options, "resources": None}
 
     def test_unknown_ones_of_other_commands_stay_errors(self, capsys):
         with pytest.raises(SystemExit):
@@ -285,13 +285,15 @@ class TestRun:
         assert run_cells(cells, tmp_path, execute) == 1
         assert "failed: ttt, seed 42: ValueError: two lines" in capsys.readouterr().err.splitlines()
         assert {path.parts[0] + path.parts[1] for path in map(Path, files_in(tmp_path))} == {
-            *("iclseed42", "iclseed43", "tttseed43")
+            *("iclseed42", "iclseed43", "tttseed43", "tttseed42.failed")
         }
+        assert run_cells(cells, tmp_path, write_results) == 0
+        assert not list(tmp_path.rglob("*.failed"))
 
     def test_a_cell_without_results_has_failed(self, cells, tmp_path, capsys):
         assert run_cells(cells[:1], tmp_path, lambda _: None) == 1
         assert "lm-eval could not write its results" in capsys.readouterr().err
-        assert not files_in(tmp_path)
+        assert files_in(tmp_path) == {"icl/seed42.failed"}
 
     def test_samples_that_were_asked_for_and_are_not_there(self, tmp_path, capsys):
         assert run_cells([cell_of("icl", log_samples=True)], tmp_path, write_results) == 1
@@ -349,7 +351,7 @@ def test_the_index_of_tasks_is_built_once(monkeypatch):
 
     built = []
     monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(lambda paths: built.append(list(paths)) or {}))
-    with runner._one_task_index():
+    with runner.one_task_index():
         TaskManager()
         TaskManager(metadata={"seed": 43})
         assert len(built) == 1

@@ -6,6 +6,10 @@ A variable that the user has set is left as it is.
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_set_here: dict[str, str] = {}
 
 
 def prepare_environment() -> None:
@@ -31,4 +35,15 @@ def prepare_environment() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # the variable above counts only once vLLM is loaded
         logging.getLogger("torchao").setLevel(logging.ERROR)  # its C++ extensions, which nothing here needs
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = _set_here[name] = value
+
+
+@contextmanager
+def environment_as_given() -> Iterator[None]:
+    """Take back, within the block, what `prepare_environment` has set: a process elsewhere has to choose for itself."""
+    taken = {name: os.environ.pop(name) for name, value in _set_here.items() if os.environ.get(name) == value}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
