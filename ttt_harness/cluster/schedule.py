@@ -71,10 +71,15 @@ class Schedule:
             if self.tasks[task].fit:
                 return Piece(task)
             self._cut(task)
-            return self._take(task)
+            return self._take(task) if task in self._ready else self.next(worker)
         if self._ready:  # of the task with most left to answer
             return self._take(max(self._ready, key=lambda task: len(self._ready[task]) * self.tasks[task].answer))
         return None
+
+    @property
+    def left(self) -> bool:
+        """Whether there is anything to do now, for any worker."""
+        return bool(self._waiting or self._ready)
 
     def fitted(self, task: int, worker: int) -> None:
         """The fit of a task is done, by `worker`."""
@@ -92,7 +97,8 @@ class Schedule:
         count = self.tasks[task].questions
         parts = 1 if self._waiting else max(1, min(self._workers, count // LEAST_QUESTIONS))
         ends = [count * part // parts for part in range(parts + 1)]
-        self._ready[task] = [Piece(task, start, stop) for start, stop in pairwise(ends)]
+        if count:
+            self._ready[task] = [Piece(task, start, stop) for start, stop in pairwise(ends)]
 
     def _take(self, task: int) -> Piece:
         piece = self._ready[task].pop(0)

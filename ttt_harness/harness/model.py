@@ -10,11 +10,11 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,6 +23,7 @@ from lm_eval.models import vllm_causallms
 from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
+from ttt_harness.cluster.pool import Pool, shared_pool
 from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest
 from ttt_harness.data.sequences import SupportSet, TrainingSequence, in_context_sequences, single_pair_sequences
 from ttt_harness.embedded import embedded_model_path
@@ -46,11 +47,10 @@ PROBE_TOKENS = 32
 DATA_KEYS = ("num_examples", "data_seed")
 
 _log = logging.getLogger(__name__)
-_Answer = TypeVar("_Answer")
 
 
 @dataclass
-class _Group:
+class Group:
     """The requests of one task, by their positions, and the adapter that they are answered with (None: none)."""
 
     task: str
@@ -67,6 +67,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         pretrained: a model directory in the hub's layout, a name on the hub, or `embedded`.
         dtype: of the weights, fitted and served alike; `auto` is bfloat16, or float32 on a CPU that lacks it.
         **model_args: the fields of `TTTConfig`, the arguments of lm-eval's `vllm` model, and those of vLLM's engine.
+            With `data_parallel_size` above 1, that many Ray workers fit and answer (`ttt_harness.cluster`).
             Task metadata keys may stand here too; lm-eval hands them to the tasks.
 
     Raises:
@@ -81,8 +82,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             )
         _refuse_unknown(model_args)
         self.ttt_config = config = TTTConfig.from_mapping(model_args)
-        if int(model_args.get("data_parallel_size", 1)) != 1:
-            raise ConfigError("data_parallel_size is not supported by ttt_vllm yet; leave it out.")
+        workers = _workers(model_args.get("data_parallel_size"))
         self.model_dir = _model_dir(str(pretrained), model_args.get("revision"))
         hf_config = read_config(self.model_dir)
         self._fits = config.method != "icl"
@@ -97,6 +97,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         if engine_args.get("batch_size") in (None, 1):
             engine_args["batch_size"] = "auto"  # 1 is the CLI's default, and would make vLLM take turns
         engine_args.pop("revision", None)  # model_dir is that revision already
+        engine_args.pop("data_parallel_size", None)  # each worker has an engine of its own
         if self._fits:
             engine_args["enable_lora"] = True
             engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
@@ -109,17 +110,22 @@ class TTTVLLM(vllm_causallms.VLLM):
         self.store = AdapterStore(config.adapter_store)
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
-        self._records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self._pool: Pool | None = None
+        if workers > 1:
+            self._pool = shared_pool(workers, gpus_per_worker=self.tensor_parallel_size)
+            given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
+            self.worker_args = {"pretrained": pretrained, "dtype": dtype, **given}
 
     # What lm-eval calls
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         """Generate greedily, each request with the adapter of its support set."""
-        return self._answer(requests, super().generate_until)
+        return self._answer(requests, "generate_until")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
         """Score continuations, each request with the adapter of its support set."""
-        return self._answer(requests, super().loglikelihood)
+        return self._answer(requests, "loglikelihood")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; only with `method=icl`, since such tasks have no demonstrations."""
@@ -156,52 +162,71 @@ class TTTVLLM(vllm_causallms.VLLM):
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
-                "settings": {**self._settings, "model_dir": str(self.model_dir), "dtype": self._dtype_name},
-                "tasks": self._records,
+                "settings": {**self._settings, "model_dir": str(self.model_dir), "dtype": self.dtype_name},
+                "tasks": self.records,
                 "versions": {name: version(name) for name in packages},
             }
         }
 
     # The run
 
-    def _answer(self, requests: list[Instance], answer: Callable[..., list[_Answer]]) -> list[_Answer]:
-        """Answer `requests` group by group with lm-eval's method `answer`; the answers come in the requests' order."""
+    def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
+        """Answer `requests` group by group with lm-eval's method `kind`; the answers come in the requests' order."""
         groups = self._plan(requests)
         to_fit = {group.key: group.sequences for group in groups if group.key and self._stored(group.key) is None}
-        fit_work = FIT_COST * sum(self._fit_tokens(sequences) for sequences in to_fit.values())
+        fit_work = {key: self.fit_work(sequences) for key, sequences in to_fit.items()}
         read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
         answers: list[Any] = [None] * len(requests)
-        with RunProgress(fit_work + sum(read_work.values())) as progress:
+        with RunProgress(sum(fit_work.values()) + sum(read_work.values())) as progress:
+            if self._pool is not None:
+                return self._pool.answer(self, groups, requests, kind, progress, fit_work, read_work)
             for position, group in enumerate(groups, 1):
                 where = f"{group.task} ({position}/{len(groups)})"
-                adapter = self._adapter(group, progress, where) if group.key else None
-                if not self.model.running:
-                    progress.say(f"{where}: starting vLLM")
-                    self.model.start()  # here, so that its time is not counted as the first task's
-                progress.say(f"{where}: answering {len(group.indices)} requests")
-                self._serve_with(adapter, group)
-                start = time.perf_counter()
-                values = answer([requests[index] for index in group.indices], disable_tqdm=True)
-                seconds = time.perf_counter() - start
+                own = [requests[index] for index in group.indices]
+                values = self.answer_group(group, own, kind, progress, where, read_work[group.task])
                 for index, value in zip(group.indices, values, strict=True):
                     answers[index] = value
-                progress.advance(read_work[group.task], where)
-                self._records.setdefault(group.task, {"adapter": None}).update(
-                    requests=len(group.indices), generate_seconds=round(seconds, 3)
-                )
         return answers
 
-    def _plan(self, requests: list[Instance]) -> list[_Group]:
+    def answer_group(
+        self, group: Group, requests: list[Instance], kind: str, progress: RunProgress, where: str, work: float
+    ) -> list[Any]:
+        """Answer requests of one group, and put into `records` what it took.
+
+        Args:
+            group: whose adapter is fitted now if it is not in the store.
+            requests: all of the group's, or some of them.
+            kind: lm-eval's method that answers them.
+            progress: counts `work` for the answers, beside that of the fit.
+            where: what the progress calls the group.
+            work: see progress.
+        """
+        adapter = self.adapter_of(group, progress, where) if group.key else None
+        if not self.model.running:
+            progress.say(f"{where}: starting vLLM")
+            self.model.start()  # here, so that its time is not counted as the first task's
+        progress.say(f"{where}: answering {len(requests)} requests")
+        self._serve_with(adapter, group)
+        start = time.perf_counter()
+        values = getattr(super(), kind)(requests, disable_tqdm=True)
+        seconds = time.perf_counter() - start
+        progress.advance(work, where)
+        self.records.setdefault(group.task, {"adapter": None}).update(
+            requests=len(requests), generate_seconds=round(seconds, 3)
+        )
+        return values
+
+    def _plan(self, requests: list[Instance]) -> list[Group]:
         """Group the requests by task, and prepare and check what each group will be fitted on.
 
         Raises:
             ConfigError, DataError: a task has no support set, an empty one, or one that does not fit the context.
         """
-        by_task: dict[str, _Group] = {}
+        by_task: dict[str, Group] = {}
         for index, request in enumerate(requests):
             if request.task_name not in by_task:
                 support = support_set_of(request) if self._fits else None
-                by_task[request.task_name] = _Group(request.task_name, support, [])
+                by_task[request.task_name] = Group(request.task_name, support, [])
             by_task[request.task_name].indices.append(index)
         groups = list(by_task.values())
         for group in groups:
@@ -270,7 +295,8 @@ class TTTVLLM(vllm_causallms.VLLM):
         return self.model.llm_engine.model_config.dtype
 
     @property
-    def _dtype_name(self) -> str:
+    def dtype_name(self) -> str:
+        """The dtype of weights, fitted and served alike."""
         return str(self._dtype).removeprefix("torch.")
 
     @property
@@ -279,22 +305,28 @@ class TTTVLLM(vllm_causallms.VLLM):
         return {name: value for name, value in asdict(self.ttt_config).items() if name != "adapter_dir"}
 
     @property
-    def _fit_device(self) -> str:
+    def fit_device(self) -> str:
+        """Where adapters are fitted."""
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def base_model_hash(self) -> str:
+        """A hash of the base model's weights."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model_dir)
+        return self._fingerprint
 
     def _key(self, sequences: Sequence[TrainingSequence]) -> str:
         """The name of the adapter that is fitted on `sequences` with this run's settings."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.model_dir)
         ids = hashlib.sha256(json.dumps([(s.tokens, s.labelled) for s in sequences]).encode()).hexdigest()
         config = self.ttt_config
         return adapter_key(
             {
                 "fit_version": FIT_VERSION,
-                "base_model": self._fingerprint,
+                "base_model": self.base_model_hash,
                 "sequences": ids,
                 "dtype": str(self._dtype),
-                "device": self._fit_device,
+                "device": self.fit_device,
                 "rank": config.lora_rank,
                 "alpha": config.lora_alpha,
                 "dropout": config.lora_dropout,
@@ -312,8 +344,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             "seed": config.seed,
         }
 
-    def _fit_tokens(self, sequences: Sequence[TrainingSequence]) -> int:
-        return (self.ttt_config.epochs or 0) * sum(len(sequence.tokens) for sequence in sequences)
+    def fit_work(self, sequences: Sequence[TrainingSequence]) -> float:
+        """The work of a fit on `sequences`, in tokens that are read."""
+        return FIT_COST * (self.ttt_config.epochs or 0) * sum(len(sequence.tokens) for sequence in sequences)
 
     def _stored(self, key: str) -> StoredAdapter | None:
         """The adapter named `key`, if it is there; it is read from the store once in a run."""
@@ -321,17 +354,20 @@ class TTTVLLM(vllm_causallms.VLLM):
             self._adapters[key] = stored
         return self._adapters.get(key)
 
-    def _adapter(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
+    def adapter_of(self, group: Group, progress: RunProgress, where: str) -> StoredAdapter:
         """The group's adapter, fitted and stored now if it is not there."""
         assert group.key is not None
         adapter, reused = self._stored(group.key), True
         if adapter is None:
-            reused = False
-            adapter = self._adapters[group.key] = self._fit(group, progress, where)
+            with self.store.fitting(group.key):
+                adapter = self._stored(group.key)  # another process may have fitted it meanwhile
+                if adapter is None:
+                    reused = False
+                    adapter = self._adapters[group.key] = self._fit(group, progress, where)
         record = adapter.record
-        self._records[group.task] = {
+        self.records[group.task] = {
             "adapter": str(adapter.path),
-            "reused": reused or any(r["adapter"] == str(adapter.path) for r in self._records.values()),
+            "reused": reused or any(r["adapter"] == str(adapter.path) for r in self.records.values()),
             "train_sequences": record["train_sequences"],
             "train_tokens": record["train_tokens"],
             "losses": record["losses"],
@@ -341,7 +377,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         }
         return adapter
 
-    def _fit(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
+    def _fit(self, group: Group, progress: RunProgress, where: str) -> StoredAdapter:
         assert group.key is not None
         config = self.ttt_config
         progress.say(f"{where}: fitting")
@@ -352,9 +388,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             dtype=self._dtype,
-            device=self._fit_device,
+            device=self.fit_device,
         )
-        work = FIT_COST * self._fit_tokens(group.sequences)
+        work = self.fit_work(group.sequences)
         result = trainer.fit(
             group.sequences,
             **self._fit_arguments(),
@@ -372,7 +408,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             record={
                 "task": group.task,
                 "settings": self._settings,
-                "dtype": self._dtype_name,
+                "dtype": self.dtype_name,
                 "train_sequences": len(group.sequences),
                 "train_tokens": result.tokens,
                 "losses": [round(loss, 6) for loss in result.losses],
@@ -380,14 +416,14 @@ class TTTVLLM(vllm_causallms.VLLM):
             },
         )
 
-    def _serve_with(self, adapter: StoredAdapter | None, group: _Group) -> None:
+    def _serve_with(self, adapter: StoredAdapter | None, group: Group) -> None:
         """Have the next requests answered with `adapter`, after a check that vLLM applies it."""
         if adapter is None:
             self.lora_request = None
             return
         self.lora_request = self.model.adapter(adapter.key, adapter.path)
         changes = self.model.changes_output(self.lora_request, group.sequences[0].tokens[:PROBE_TOKENS])
-        self._records[group.task]["changes_output"] = changes
+        self.records[group.task]["changes_output"] = changes
         if not changes:
             _log.warning(
                 "%s: the adapter %s does not change the model's output; lr=%s and epochs=%s may be too small.",
@@ -398,7 +434,18 @@ class TTTVLLM(vllm_causallms.VLLM):
             )
 
 
-def _characters(requests: Sequence[Instance], group: _Group) -> int:
+def _workers(given: Any) -> int:
+    """How many workers `data_parallel_size` asks for."""
+    try:
+        workers = int(given or 1)
+    except (TypeError, ValueError):
+        workers = 0
+    if workers < 1:
+        raise ConfigError(f"data_parallel_size={given!r} is not allowed: it is a number of workers, at least 1.")
+    return workers
+
+
+def _characters(requests: Sequence[Instance], group: Group) -> int:
     return sum(len(requests[index].args[0]) for index in group.indices)
 
 
