@@ -59,32 +59,33 @@ def test_an_address_at_which_something_else_answers(monkeypatch):
     assert time.monotonic() - start < 30
 
 
+JOIN = """
+from ttt_harness.cluster.pool import Pool
+import ray
+pool = Pool(3)
+print(ray.get_runtime_context().gcs_address)
+pool.close()
+assert not ray.is_initialized()
+"""
+
+
 @pytest.mark.integration
-def test_a_cluster_that_runs_is_joined_and_left_running(monkeypatch):
-    ray = pytest.importorskip("ray")
+def test_a_cluster_that_runs_is_joined_and_left_running():
+    """In a process of its own, as a user's: Ray reads its settings when it is imported."""
+    pytest.importorskip("ray")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    start = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--num-cpus=3",
-    ]
-    with subprocess.Popen([*start, "--include-dashboard=false"], stdout=subprocess.PIPE, text=True) as head:
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    with subprocess.Popen([*start, f"--port={port}", "--num-cpus=3"], stdout=subprocess.PIPE, text=True) as head:
         try:
             address = None
             while address is None:
                 address = re.search(rf"[\d.]+:{port}", head.stdout.readline())
-            monkeypatch.setenv("RAY_ADDRESS", address[0])
-            joined = Pool(3)
-            assert ray.get_runtime_context().gcs_address == address[0]
-            joined.close()
-            assert not ray.is_initialized()
-            pool._reach(address[0])
+            environment = {**os.environ, "RAY_ADDRESS": address[0]}
+            for _ in range(2):  # it runs on when the first has left
+                joined = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True)
+                assert joined.returncode == 0, joined.stderr
+                assert joined.stdout.strip() == address[0]
         finally:
             head.terminate()
             head.stdout.read()

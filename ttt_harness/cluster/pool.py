@@ -354,9 +354,6 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local" and _has_token():
-        # What `ray start` and a local start do by themselves; a cluster that asks for no token takes one too.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address not in ("local", "auto"):
         _reach(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
@@ -371,12 +368,6 @@ def connect() -> None:
             ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"Ray cannot be used at RAY_ADDRESS={address}: {_first_line(error)}") from None
-
-
-def _has_token() -> bool:
-    """Whether there is a token to show to a cluster, where Ray looks for one."""
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    return "RAY_AUTH_TOKEN" in os.environ or Path(given).is_file()
 
 
 def _reach(address: str) -> None:
