@@ -383,7 +383,7 @@ def _print(cells: Sequence[CellWork], rates: Rates, each: int, deadline: float |
     fits = sum(one.shared_fit + sum(task.fit for task in one.tasks) for one in cells)
     answers = sum(task.answer + prefix for one in cells for task, prefix in zip(one.tasks, one.prefix, strict=True))
     print(
-        f"{len(cells)} cells, {len(cells[0].tasks)} tasks each: {fits / 1e6:.4g} M tokens to fit, "
+        f"{len(cells)} cell{'s' * (len(cells) > 1)} of {len(cells[0].tasks)} tasks: {fits / 1e6:.4g} M tokens to fit, "
         f"{answers / 1e6:.4g} M to answer."
     )
     print(
