@@ -8,6 +8,7 @@ import pytest
 from ttt_harness.config import METHODS as FIT_METHODS
 from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.errors import ConfigError
+from ttt_harness.harness.progress import Display, RunProgress, showing
 from ttt_harness.report import cli
 from ttt_harness.report.summary import PUBLISHED
 from ttt_harness.sweep import runner
@@ -163,7 +164,7 @@ class TestOptions:
         monkeypatch.setattr(runner, "sweep", lambda **given: seen.update(given) or 0)
         options = ["--model_args", "pretrained=m", "lr=1e-3", "--seed", "1", "-L", "4", "--tasks", "a", "b", "-s"]
         assert cli.main(["sweep", *options[:3], "--methods", "icl", *options[3:], "--seeds", "42-43"]) == 0
-        assert seen == {"methods": "icl", "seeds": "42-43", "config": None, "options": options}
+        assert seen == {"methods": "icl", "seeds": "42-43", "config": None, "options": options, "resources": None}
 
     def test_unknown_ones_of_other_commands_stay_errors(self, capsys):
         with pytest.raises(SystemExit):
@@ -224,6 +225,15 @@ class TestBadInput:
         with locked(tmp_path), pytest.raises(ConfigError, match="another sweep"), locked(tmp_path):
             pass
 
+    def test_a_refused_sweep_leaves_everything_as_it_was(self, capsys, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "there/mine").write_text("")
+        grid = ["--methods", "random", "--seeds", "1", "--tasks", "no_such_task"]
+        assert "no_such_task is not a task" in refused(capsys, *grid, "--output_path", tmp_path / "there")
+        with pytest.raises(ConfigError), locked(tmp_path / "new"):
+            raise ConfigError("refused")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "there"]
+
 
 def write_results(options):
     """Stands for lm-eval: one results file, of the seed as score."""
@@ -275,13 +285,15 @@ class TestRun:
         assert run_cells(cells, tmp_path, execute) == 1
         assert "failed: ttt, seed 42: ValueError: two lines" in capsys.readouterr().err.splitlines()
         assert {path.parts[0] + path.parts[1] for path in map(Path, files_in(tmp_path))} == {
-            *("iclseed42", "iclseed43", "tttseed43")
+            *("iclseed42", "iclseed43", "tttseed43", "tttseed42.failed")
         }
+        assert run_cells(cells, tmp_path, write_results) == 0
+        assert not list(tmp_path.rglob("*.failed"))
 
     def test_a_cell_without_results_has_failed(self, cells, tmp_path, capsys):
         assert run_cells(cells[:1], tmp_path, lambda _: None) == 1
         assert "lm-eval could not write its results" in capsys.readouterr().err
-        assert not files_in(tmp_path)
+        assert files_in(tmp_path) == {"icl/seed42.failed"}
 
     def test_samples_that_were_asked_for_and_are_not_there(self, tmp_path, capsys):
         assert run_cells([cell_of("icl", log_samples=True)], tmp_path, write_results) == 1
@@ -339,7 +351,7 @@ def test_the_index_of_tasks_is_built_once(monkeypatch):
 
     built = []
     monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(lambda paths: built.append(list(paths)) or {}))
-    with runner._one_task_index():
+    with runner.one_task_index():
         TaskManager()
         TaskManager(metadata={"seed": 43})
         assert len(built) == 1
@@ -355,3 +367,26 @@ def test_time_left_goes_by_what_each_method_took():
     assert seconds_left({"icl": [2.0, 4.0]}, ["icl", "icl"], fits) == 6.0
     assert seconds_left({"ttt": [10.0]}, ["e2e", "icl"], fits) == 12.0
     assert seconds_left({"ttt": [10.0]}, [], fits) == 0.0
+
+
+class Recorded(Display):
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def show(self, share, what, *, line=False):  # noqa: ARG002
+        self.shown.append((share, what))
+
+
+def test_a_run_shows_its_progress_in_the_display_that_is_named(capsys):
+    display = Recorded()
+    with showing(display), RunProgress(8) as progress:
+        progress.say("fitting")
+        progress.advance(2, "step 1")
+        progress.advance(60, "step 2")
+    assert display.shown == [(0.0, "fitting"), (0.25, "step 1"), (1.0, "step 2")]
+    assert capsys.readouterr().err == ""
+    with RunProgress(8) as progress:
+        progress.say("alone")
+    assert len(display.shown) == 3
+    assert "alone (0% done)" in capsys.readouterr().err

@@ -30,6 +30,10 @@ class StoreError(TTTError):
     """An adapter could not be written to the store."""
 
 
+class ClusterError(TTTError):
+    """Workers could not be started, differ from the driver, or were lost again and again."""
+
+
 class ReportError(TTTError):
     """A results file is missing, damaged, or cannot be compared with another."""
 

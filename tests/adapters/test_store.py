@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -90,6 +92,58 @@ def test_writers_of_one_adapter_do_not_disturb_each_other(store):
         thread.join()
     assert store.load("k") is not None
     assert [path.name for path in store.root.iterdir()] == ["k"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ttt_harness.adapters.store import AdapterStore
+with AdapterStore(Path(sys.argv[1])).fitting("k"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_whoever_needs_an_adapter_that_is_being_fitted_waits_for_it(store):
+    order = []
+
+    def fit(number):
+        with store.fitting("k"):
+            if store.load("k") is None:
+                order.append(number)
+                save(store, number=number)
+
+    threads = [threading.Thread(target=fit, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(order) == 1
+    assert store.load("k").record["number"] == order[0]
+    assert [path.name for path in store.root.iterdir()] == ["k"]
+
+
+def test_a_process_that_is_killed_while_it_fits_keeps_nobody_waiting(store):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(store.root)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    waiting = threading.Thread(target=lambda: store.fitting("k").__enter__())
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_an_adapter_can_be_carried_to_another_store(store, tmp_path):
+    saved = save(store, losses=[1.0])
+    other = AdapterStore(tmp_path / "other")
+    added = other.add("k", store.files("k"))
+    assert added == other.load("k")
+    assert added.record == saved.record
+    assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in read_adapter(added.path).items())
 
 
 def test_a_key_depends_on_every_determinant_and_not_on_their_order():

@@ -135,7 +135,7 @@ def test_zero_shot_runs_leave_out_the_demonstrations(first_run, evaluate):
         ({"pretrained": "/nowhere/model"}, ModelError, "there is no such directory"),
         ({"pretrained": None}, ConfigError, "pretrained is missing"),
         ({"k": 90}, DataError, "the context window holds"),
-        ({"data_parallel_size": 2}, ConfigError, "data_parallel_size"),
+        ({"data_parallel_size": 0}, ConfigError, "data_parallel_size=0 is not allowed"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(evaluate, arguments, error, telling, monkeypatch):

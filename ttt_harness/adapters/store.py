@@ -3,6 +3,8 @@
 An adapter is written into a hidden folder beside its place and renamed into it, so that a reader never meets half of
 one, and two writers of the same adapter do not disturb each other. Next to PEFT's two files stands `ttt.json`, the
 record of the fit, with the checksum that tells a damaged adapter.
+
+Whoever fits an adapter holds its lock meanwhile (`fitting`), so that others that need it wait for it and then read it.
 """
 
 import errno
@@ -12,8 +14,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from ttt_harness.errors import StoreError
+from ttt_harness.locks import file_lock
 
 RECORD_NAME = "ttt.json"
 _log = logging.getLogger(__name__)
@@ -80,6 +84,42 @@ class AdapterStore:
             return None
         return StoredAdapter(key, path, record)
 
+    @contextmanager
+    def fitting(self, key: str) -> Iterator[None]:
+        """Keep other processes from fitting the adapter named `key`; waits for one that does.
+
+        It may be there at the start of the block, where another process has written it meanwhile.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(self.root / f".{key}.lock", wait=True))
+            except OSError as error:
+                raise self._not_written(key, error) from error
+            yield
+
+    def files(self, key: str) -> dict[str, bytes]:
+        """The files of the adapter named `key`, to be `add`ed to a store that another machine cannot see.
+
+        Raises:
+            OSError: it is not there.
+        """
+        return {path.name: path.read_bytes() for path in (self.root / key).iterdir()}
+
+    def add(self, key: str, files: Mapping[str, bytes]) -> StoredAdapter:
+        """Write an adapter that comes from another store.
+
+        Raises:
+            StoreError: the folder cannot be written, or the disk is full; nothing is left behind.
+        """
+        with self._written(key) as work:
+            for name, content in files.items():
+                (work / name).write_bytes(content)
+        return StoredAdapter(key, self.root / key, json.loads(files[RECORD_NAME]))
+
     def save(
         self,
         key: str,
@@ -96,14 +136,21 @@ class AdapterStore:
         Raises:
             StoreError: the folder cannot be written, or the disk is full; nothing is left behind.
         """
+        with self._written(key) as work:
+            write_adapter(work, weights, base_model=base_model, rank=rank, alpha=alpha, dropout=dropout)
+            full_record = {**record, "sha256": _sha256(work / WEIGHTS_NAME)}
+            (work / RECORD_NAME).write_text(json.dumps(full_record, indent=2) + "\n")
+        return StoredAdapter(key, self.root / key, full_record)
+
+    @contextmanager
+    def _written(self, key: str) -> Iterator[Path]:
+        """A folder to write an adapter into, which becomes its own at the end of the block."""
         path = self.root / key
         work: Path | None = None
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{key}-"))
-            write_adapter(work, weights, base_model=base_model, rank=rank, alpha=alpha, dropout=dropout)
-            full_record = {**record, "sha256": _sha256(work / WEIGHTS_NAME)}
-            (work / RECORD_NAME).write_text(json.dumps(full_record, indent=2) + "\n")
+            yield work
             _sync(work)
             work.chmod(0o755)
             try:
@@ -115,15 +162,17 @@ class AdapterStore:
                     shutil.rmtree(path, ignore_errors=True)
                     work.rename(path)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise StoreError(
-                f"the adapter {key} could not be written to {self.root} ({reason}); "
-                "free space there or choose another folder with adapter_dir=."
-            ) from error
+            raise self._not_written(key, error) from error
         finally:
             if work is not None:
                 shutil.rmtree(work, ignore_errors=True)
-        return StoredAdapter(key, path, full_record)
+
+    def _not_written(self, key: str, error: OSError) -> StoreError:
+        reason = error.strerror or str(error)
+        return StoreError(
+            f"the adapter {key} could not be written to {self.root} ({reason}); "
+            "free space there or choose another folder with adapter_dir=."
+        )
 
 
 def _sync(folder: Path) -> None:

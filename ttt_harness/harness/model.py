@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,6 +24,7 @@ from lm_eval.models import vllm_causallms
 from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
+from ttt_harness.cluster.pool import Pool, shared_pool
 from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest
 from ttt_harness.data.sequences import SupportSet, TrainingSequence, in_context_sequences, single_pair_sequences
 from ttt_harness.embedded import embedded_model_path
@@ -51,11 +52,10 @@ PROBE_TOKENS = 32
 DATA_KEYS = ("num_examples", "data_seed")
 
 _log = logging.getLogger(__name__)
-_Answer = TypeVar("_Answer")
 
 
 @dataclass
-class _Group:
+class Group:
     """The requests of one task, by their positions, and the adapter that they are answered with (None: none)."""
 
     task: str
@@ -72,6 +72,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         pretrained: a model directory in the hub's layout, a name on the hub, or `embedded`.
         dtype: of the weights, fitted and served alike; `auto` is bfloat16, or float32 on a CPU that lacks it.
         **model_args: the fields of `TTTConfig`, the arguments of lm-eval's `vllm` model, and those of vLLM's engine.
+            With `data_parallel_size` above 1, that many Ray workers fit and answer (`ttt_harness.cluster`).
             Task metadata keys may stand here too; lm-eval hands them to the tasks.
 
     Raises:
@@ -86,8 +87,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             )
         _refuse_unknown(model_args)
         self.ttt_config = config = TTTConfig.from_mapping(model_args)
-        if int(model_args.get("data_parallel_size", 1)) != 1:
-            raise ConfigError("data_parallel_size is not supported by ttt_vllm yet; leave it out.")
+        workers = _workers(model_args.get("data_parallel_size"))
         self.model_dir = _model_dir(str(pretrained), model_args.get("revision"))
         hf_config = read_config(self.model_dir)
         self._fits = config.method != "icl"
@@ -102,12 +102,13 @@ class TTTVLLM(vllm_causallms.VLLM):
         if engine_args.get("batch_size") in (None, 1):
             engine_args["batch_size"] = "auto"  # 1 is the CLI's default, and would make vLLM take turns
         engine_args.pop("revision", None)  # model_dir is that revision already
+        engine_args.pop("data_parallel_size", None)  # each worker has an engine of its own
         if self._fits:
             engine_args["enable_lora"] = True
             engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
         self._memory: MemoryPlan | None = None
         # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
-        if engine_args.get("enable_lora") and self._fit_device == "cuda":
+        if engine_args.get("enable_lora") and self.fit_device == "cuda" and workers == 1:
             self._memory, engine_args = self._share_gpu(engine_args)
         # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
         llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
@@ -118,7 +119,12 @@ class TTTVLLM(vllm_causallms.VLLM):
         self.store = AdapterStore(config.adapter_store)
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
-        self._records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self._pool: Pool | None = None
+        if workers > 1:
+            self._pool = shared_pool(workers, gpus_per_worker=self.tensor_parallel_size)
+            given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
+            self.worker_args = {"pretrained": pretrained, "dtype": dtype, **given}
 
     def _share_gpu(self, engine_args: dict[str, Any]) -> tuple[MemoryPlan, dict[str, Any]]:
         """Plan how trainer and engine share the GPU; returns the plan and the engine's arguments under it.
@@ -150,11 +156,11 @@ class TTTVLLM(vllm_causallms.VLLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         """Generate greedily, each request with the adapter of its support set."""
-        return self._answer(requests, super().generate_until)
+        return self._answer(requests, "generate_until")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
         """Score continuations, each request with the adapter of its support set."""
-        return self._answer(requests, super().loglikelihood)
+        return self._answer(requests, "loglikelihood")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts; only with `method=icl`, since such tasks have no demonstrations."""
@@ -191,83 +197,122 @@ class TTTVLLM(vllm_causallms.VLLM):
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
-                "settings": {**self._settings, "model_dir": str(self.model_dir), "dtype": self._dtype_name},
-                "tasks": self._records,
+                "settings": {**self._settings, "model_dir": str(self.model_dir), "dtype": self.dtype_name},
+                "tasks": self.records,
                 "versions": {name: version(name) for name in packages},
             }
         }
 
     # The run
 
-    def _answer(self, requests: list[Instance], answer: Callable[..., list[_Answer]]) -> list[_Answer]:
-        """Answer `requests` group by group with lm-eval's method `answer`; the answers come in the requests' order."""
+    def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
+        """Answer `requests` group by group with lm-eval's method `kind`; the answers come in the requests' order."""
         groups = self._plan(requests)
         to_fit = {group.key: group.sequences for group in groups if group.key and self._stored(group.key) is None}
-        fit_work = FIT_COST * sum(self._fit_tokens(sequences) for sequences in to_fit.values())
+        fit_work = {key: self.fit_work(sequences) for key, sequences in to_fit.items()}
         read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
         answers: list[Any] = [None] * len(requests)
 
-        def finish(group: _Group, where: str, fitted: FitResult | None) -> None:
-            adapter = self._adapter(group, fitted) if group.key else None
-            if not self.model.running:
-                progress.say(f"{where}: starting vLLM")
-            self.model.start()  # here, so that its time is not counted as the first task's
-            progress.say(f"{where}: answering {len(group.indices)} requests")
-            self._serve_with(adapter, group)
-            start = time.perf_counter()
-            values = answer([requests[index] for index in group.indices], disable_tqdm=True)
-            seconds = time.perf_counter() - start
+        def finish(group: Group, where: str, fitted: bool) -> None:
+            own = [requests[index] for index in group.indices]
+            values = self.answer_group(group, own, kind, progress, where, read_work[group.task], fitted=fitted)
             for index, value in zip(group.indices, values, strict=True):
                 answers[index] = value
-            progress.advance(read_work[group.task], where)
-            self._records.setdefault(group.task, {"adapter": None}).update(
-                requests=len(group.indices), generate_seconds=round(seconds, 3)
-            )
 
-        with RunProgress(fit_work + sum(read_work.values())) as progress:
+        with RunProgress(sum(fit_work.values()) + sum(read_work.values())) as progress:
+            if self._pool is not None:
+                return self._pool.answer(self, groups, requests, kind, progress, fit_work, read_work)
             fits = self._fit_in_turn(groups, progress)
             if self._memory is None or not to_fit:
                 for item in fits:
                     finish(*item)
                 return answers
             progress.say(self._memory.reason)
+            self.begin_fits()
             if self._memory.turns:
-                self.model.make_room()
-                fitted = list(fits)
-                release_trainer()
-                for item in fitted:
+                for item in list(fits):
                     finish(*item)
             else:
-                self.model.start_soon()
                 _in_background(fits, finish)
         return answers
 
-    def _fit_in_turn(
-        self, groups: Sequence[_Group], progress: RunProgress
-    ) -> Iterator[tuple[_Group, str, FitResult | None]]:
-        """Yield each group, where it stands in the run, and its fit, if its adapter was neither stored nor fitted."""
-        fitted: set[str] = set()
+    def begin_fits(self) -> None:
+        """Have the engine start beside the first fits, or make room for them, as the memory plan has it."""
+        if self._memory is not None and self._memory.turns:
+            self.model.make_room()
+        elif self._memory is not None:
+            self.model.start_soon()
+
+    def _fit_in_turn(self, groups: Sequence[Group], progress: RunProgress) -> Iterator[tuple[Group, str, bool]]:
+        """Yield each group, where it stands in the run, and whether its adapter was fitted for it."""
         for position, group in enumerate(groups, 1):
             where = f"{group.task} ({position}/{len(groups)})"
-            result = None
-            if group.key and group.key not in fitted and self._stored(group.key) is None:
-                fitted.add(group.key)
-                result = self._fit(group, progress, where)
-                if self._memory is not None and self._memory.turns:
-                    self._keep(group, result)
-            yield group, where, result
+            yield group, where, group.key is not None and self.fit_group(group, progress, where)
 
-    def _plan(self, requests: list[Instance]) -> list[_Group]:
+    def fit_group(self, group: Group, progress: RunProgress, where: str) -> bool:
+        """Have the group's adapter in the store. Returns whether it was fitted for that.
+
+        A process that is fitting the same adapter is waited for.
+        """
+        assert group.key is not None
+        if self._stored(group.key) is not None:
+            return False
+        with self.store.fitting(group.key):
+            if self._stored(group.key) is not None:
+                return False
+            self._keep(group, self._fit(group, progress, where))
+        return True
+
+    def answer_group(
+        self,
+        group: Group,
+        requests: list[Instance],
+        kind: str,
+        progress: RunProgress,
+        where: str,
+        work: float,
+        *,
+        fitted: bool = False,
+    ) -> list[Any]:
+        """Answer requests of one group, and put into `records` what it took.
+
+        Args:
+            group: whose adapter, if it has one, is in the store.
+            requests: all of the group's, or some of them.
+            kind: lm-eval's method that answers them.
+            progress: counts `work` for the answers.
+            where: what the progress calls the group.
+            work: see progress.
+            fitted: whether the adapter was fitted for this group in this run.
+        """
+        if self._memory is not None and self._memory.turns:
+            release_trainer()
+        adapter = self.adapter_of(group, fitted=fitted) if group.key else None
+        if not self.model.running:
+            progress.say(f"{where}: starting vLLM")
+        self.model.start()  # here, so that its time is not counted as the first task's
+        progress.say(f"{where}: answering {len(requests)} requests")
+        self._serve_with(adapter, group)
+        start = time.perf_counter()
+        values = getattr(super(), kind)(requests, disable_tqdm=True)
+        seconds = time.perf_counter() - start
+        progress.advance(work, where)
+        self.records.setdefault(group.task, {"adapter": None}).update(
+            requests=len(requests), generate_seconds=round(seconds, 3)
+        )
+        return values
+
+    def _plan(self, requests: list[Instance]) -> list[Group]:
         """Group the requests by task, and prepare and check what each group will be fitted on.
 
         Raises:
             ConfigError, DataError: a task has no support set, an empty one, or one that does not fit the context.
         """
-        by_task: dict[str, _Group] = {}
+        by_task: dict[str, Group] = {}
         for index, request in enumerate(requests):
             if request.task_name not in by_task:
                 support = support_set_of(request) if self._fits else None
-                by_task[request.task_name] = _Group(request.task_name, support, [])
+                by_task[request.task_name] = Group(request.task_name, support, [])
             by_task[request.task_name].indices.append(index)
         groups = list(by_task.values())
         for group in groups:
@@ -336,7 +381,8 @@ class TTTVLLM(vllm_causallms.VLLM):
         return self.model.llm_engine.model_config.dtype
 
     @property
-    def _dtype_name(self) -> str:
+    def dtype_name(self) -> str:
+        """The dtype of weights, fitted and served alike."""
         return str(self._dtype).removeprefix("torch.")
 
     @property
@@ -345,22 +391,28 @@ class TTTVLLM(vllm_causallms.VLLM):
         return {name: value for name, value in asdict(self.ttt_config).items() if name != "adapter_dir"}
 
     @property
-    def _fit_device(self) -> str:
+    def fit_device(self) -> str:
+        """Where adapters are fitted."""
         return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def base_model_hash(self) -> str:
+        """A hash of the base model's weights."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model_dir)
+        return self._fingerprint
 
     def _key(self, sequences: Sequence[TrainingSequence]) -> str:
         """The name of the adapter that is fitted on `sequences` with this run's settings."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.model_dir)
         ids = hashlib.sha256(json.dumps([(s.tokens, s.labelled) for s in sequences]).encode()).hexdigest()
         config = self.ttt_config
         return adapter_key(
             {
                 "fit_version": FIT_VERSION,
-                "base_model": self._fingerprint,
+                "base_model": self.base_model_hash,
                 "sequences": ids,
                 "dtype": str(self._dtype),
-                "device": self._fit_device,
+                "device": self.fit_device,
                 "rank": config.lora_rank,
                 "alpha": config.lora_alpha,
                 "dropout": config.lora_dropout,
@@ -378,8 +430,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             "seed": config.seed,
         }
 
-    def _fit_tokens(self, sequences: Sequence[TrainingSequence]) -> int:
-        return (self.ttt_config.epochs or 0) * sum(len(sequence.tokens) for sequence in sequences)
+    def fit_work(self, sequences: Sequence[TrainingSequence]) -> float:
+        """The work of a fit on `sequences`, in tokens that are read."""
+        return FIT_COST * (self.ttt_config.epochs or 0) * sum(len(sequence.tokens) for sequence in sequences)
 
     def _stored(self, key: str) -> StoredAdapter | None:
         """The adapter named `key`, if it is there; it is read from the store once in a run."""
@@ -387,16 +440,15 @@ class TTTVLLM(vllm_causallms.VLLM):
             self._adapters[key] = stored
         return self._adapters.get(key)
 
-    def _adapter(self, group: _Group, fitted: FitResult | None) -> StoredAdapter:
-        """The group's adapter, stored now if it was fitted for this group."""
+    def adapter_of(self, group: Group, *, fitted: bool) -> StoredAdapter:
+        """The group's adapter, which is in the store; puts into `records` what its fit took, here or before."""
         assert group.key is not None
-        if fitted is not None and group.key not in self._adapters:
-            self._keep(group, fitted)
-        adapter = self._adapters[group.key]
+        adapter = self._stored(group.key)
+        assert adapter is not None
         record = adapter.record
-        self._records[group.task] = {
+        self.records[group.task] = {
             "adapter": str(adapter.path),
-            "reused": fitted is None,
+            "reused": not fitted,
             "train_sequences": record["train_sequences"],
             "train_tokens": record["train_tokens"],
             "losses": record["losses"],
@@ -406,7 +458,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         }
         return adapter
 
-    def _fit(self, group: _Group, progress: RunProgress, where: str) -> FitResult:
+    def _fit(self, group: Group, progress: RunProgress, where: str) -> FitResult:
         config = self.ttt_config
         progress.say(f"{where}: fitting")
         trainer = shared_trainer(
@@ -416,10 +468,10 @@ class TTTVLLM(vllm_causallms.VLLM):
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             dtype=self._dtype,
-            device=self._fit_device,
+            device=self.fit_device,
             activation_bytes=self._memory.activations if self._memory else None,
         )
-        work = FIT_COST * self._fit_tokens(group.sequences)
+        work = self.fit_work(group.sequences)
         return trainer.fit(
             group.sequences,
             **self._fit_arguments(),
@@ -428,7 +480,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             ),
         )
 
-    def _keep(self, group: _Group, result: FitResult) -> None:
+    def _keep(self, group: Group, result: FitResult) -> None:
         """Store the adapter that was fitted for `group`."""
         assert group.key is not None
         config = self.ttt_config
@@ -442,7 +494,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             record={
                 "task": group.task,
                 "settings": self._settings,
-                "dtype": self._dtype_name,
+                "dtype": self.dtype_name,
                 "train_sequences": len(group.sequences),
                 "train_tokens": result.tokens,
                 "losses": [round(loss, 6) for loss in result.losses],
@@ -451,14 +503,14 @@ class TTTVLLM(vllm_causallms.VLLM):
         )
         result.weights.clear()  # stored; a run of many tasks would keep them all in memory
 
-    def _serve_with(self, adapter: StoredAdapter | None, group: _Group) -> None:
+    def _serve_with(self, adapter: StoredAdapter | None, group: Group) -> None:
         """Have the next requests answered with `adapter`, after a check that vLLM applies it."""
         if adapter is None:
             self.lora_request = None
             return
         self.lora_request = self.model.adapter(adapter.key, adapter.path)
         changes = self.model.changes_output(self.lora_request, group.sequences[0].tokens[:PROBE_TOKENS])
-        self._records[group.task]["changes_output"] = changes
+        self.records[group.task]["changes_output"] = changes
         if not changes:
             _log.warning(
                 "%s: the adapter %s does not change the model's output; lr=%s and epochs=%s may be too small.",
@@ -497,7 +549,18 @@ def _engine_share(plan: MemoryPlan, total: int, asked: Mapping[str, Any]) -> dic
     }
 
 
-def _characters(requests: Sequence[Instance], group: _Group) -> int:
+def _workers(given: Any) -> int:
+    """How many workers `data_parallel_size` asks for."""
+    try:
+        workers = int(given or 1)
+    except (TypeError, ValueError):
+        workers = 0
+    if workers < 1:
+        raise ConfigError(f"data_parallel_size={given!r} is not allowed: it is a number of workers, at least 1.")
+    return workers
+
+
+def _characters(requests: Sequence[Instance], group: Group) -> int:
     return sum(len(requests[index].args[0]) for index in group.indices)
 
 

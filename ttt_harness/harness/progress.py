@@ -1,14 +1,111 @@
-"""The progress of a run: one display in a terminal, a plain line every so often elsewhere."""
+"""The progress of a run: one display in a terminal, a plain line every so often elsewhere.
+
+`RunProgress` counts the work of one run and shows its share in a display: the one that `showing` names, which a sweep
+does for all of its runs, or else one of its own.
+"""
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+class Display:
+    """Bars at the foot of a terminal, or lines on stderr where it is none. Use as a context manager.
+
+    Attributes:
+        bars: None where the output is not a terminal.
+    """
+
+    def __init__(self, *columns: ProgressColumn, transient: bool = False) -> None:
+        console = Console(file=sys.stderr)
+        self.bars = Progress(*columns, console=console, transient=transient) if console.is_terminal else None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def show(self, share: float, what: str, *, line: bool = False) -> None:
+        """Show that `share` of the run, from 0 to 1, is done. line: worth a line outside a terminal."""
+        raise NotImplementedError
+
+    def print(self, text: str) -> None:
+        """A line that stays."""
+        if self.bars:
+            self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def due(self, line: bool) -> bool:
+        """Whether to print a line now, outside a terminal: always if `line`, else some time after the last one."""
+        now = time.monotonic()
+        if not line and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = now
+        return True
+
+
+class RunDisplay(Display):
+    """The display of a run by itself."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(*columns)
+        self._start = time.monotonic()
+        self._bar = self.bars.add_task("starting", total=1.0) if self.bars else None
+
+    def show(self, share: float, what: str, *, line: bool = False) -> None:
+        """Show that `share` of the run, from 0 to 1, is done."""
+        if self.bars and self._bar is not None:
+            self.bars.update(self._bar, completed=share, description=what)
+        elif self.due(line):
+            elapsed = time.monotonic() - self._start
+            left = f", about {elapsed * (1 - share) / share:.0f} s left" if share else ""
+            self.print(f"[{elapsed:5.0f} s] {what} ({share:.0%} done{left})")
+
+
+_shared: Display | None = None
+
+
+@contextmanager
+def showing(display: Display) -> Iterator[None]:
+    """Have every run within the block show its progress in `display`; two displays would overwrite each other."""
+    global _shared
+    before, _shared = _shared, display
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 class RunProgress:
@@ -21,29 +118,18 @@ class RunProgress:
         self._work = max(work, 1.0)
         self._done = 0.0
         self._what = ""
-        self._console = Console(file=sys.stderr)
-        self._start = self._last_line = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=self._console) if self._console.is_terminal else None
-        self._bar = self._progress.add_task("starting", total=self._work) if self._progress else None
+        self._display = _shared or RunDisplay()
 
     def __enter__(self) -> Self:
-        if self._progress:
-            self._progress.start()
+        if self._display is not _shared:
+            self._display.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._display is not _shared:
+            self._display.__exit__(kind, error, trace)
 
     def say(self, what: str) -> None:
         """Tell what is being done now; a line of its own where the output is not a terminal."""
@@ -54,13 +140,4 @@ class RunProgress:
     def advance(self, work: float, what: str, *, line: bool = False) -> None:
         """Count `work` as done, and show `what` beside it."""
         self._done += work
-        if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, completed=self._done, description=what)
-            return
-        now = time.monotonic()
-        if line or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            elapsed = now - self._start
-            left = elapsed * (self._work - self._done) / self._done if self._done else None
-            told = f", about {left:.0f} s left" if left is not None else ""
-            print(f"[{elapsed:5.0f} s] {what} ({self._done / self._work:.0%} done{told})", file=sys.stderr, flush=True)
+        self._display.show(min(1.0, self._done / self._work), what, line=line)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt_harness.errors import ReportError, TTTError
+from ttt_harness.errors import ConfigError, ReportError, TTTError
 
 if TYPE_CHECKING:
     from ttt_harness.report.results import Run
@@ -159,13 +159,64 @@ def _add_sweep(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--config", "-C", type=Path, metavar="FILE", help="YAML with methods, seeds and any option of lm_eval"
     )
+    parser.add_argument(
+        "--status", action="store_true", help="only show what is done, running, waiting, failed and why: needs "
+        "--output_path"
+    )  # fmt: skip
+    cluster = parser.add_argument_group("on a SLURM cluster")
+    cluster.add_argument("--slurm", action="store_true", help="submit the cells as an array job, and return")
+    cluster.add_argument("--time", help="of each job, in SLURM's notation: 90 (minutes), 4:00:00, 1-12 (days-hours)")
+    cluster.add_argument("--gpus", type=int, metavar="N", help="of each job (default: 1; 0: ask for none)")
+    cluster.add_argument("--partition", metavar="NAME")
+    cluster.add_argument("--account", metavar="NAME")
+    cluster.add_argument("--cells_per_job", type=int, metavar="N", help="cells that share an engine (default: 1)")
+    cluster.add_argument("--sbatch", metavar="FLAGS", help='other flags: --sbatch="--qos=high --cpus-per-task=16"')
     parser.set_defaults(run=_sweep, passes_options=True)
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from ttt_harness.sweep.runner import sweep
+    from ttt_harness.sweep import runner
+    from ttt_harness.sweep.slurm import Resources
 
-    return sweep(methods=args.methods, seeds=args.seeds, config=args.config, options=args.options)
+    grid = {"methods": args.methods, "seeds": args.seeds, "config": args.config, "options": args.options}
+    if args.status:
+        return runner.status(**grid)
+    given = {"time": args.time, "gpus": args.gpus, "partition": args.partition, "account": args.account}
+    given |= {"cells_per_job": args.cells_per_job, "flags": args.sbatch}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not args.slurm:
+        raise ConfigError("--time, --gpus, --partition, --account, --cells_per_job and --sbatch go with --slurm.")
+    return runner.sweep(**grid, resources=Resources(**{"time": None, **given}) if args.slurm else None)
+
+
+def _add_plan(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="how long a grid takes on 1 to 64 GPUs, and how many meet a deadline",
+        description="Count the tokens of a grid, and tell how long it takes on 1, 2, 4, ... 64 GPUs at measured rates.",
+        epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, --limit, ...",
+        usage="ttt-harness plan --methods M1,M2 --seeds 42-46 --tasks T --model_args pretrained=... "
+        "[--measured PATH] [--deadline 2h]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", metavar="NAMES", help="with commas; all: every published setting")
+    parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42")
+    parser.add_argument(
+        "--measured", type=Path, metavar="PATH",
+        help="results of a run to take the rates from (default: the newest in benchmarks/results)",
+    )  # fmt: skip
+    parser.add_argument("--fit_rate", type=float, metavar="TOKENS", help="that one worker fits in a second")
+    parser.add_argument("--answer_rate", type=float, metavar="TOKENS", help="that one worker reads and writes")
+    parser.add_argument("--start_seconds", type=float, metavar="S", help="until a worker is ready")
+    parser.add_argument("--deadline", metavar="TIME", help="90 (seconds), 40m, 2h, 1.5d: find the fewest GPUs for it")
+    parser.set_defaults(run=_plan, passes_options=True)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ttt_harness.cluster.plan import plan
+
+    names = ("methods", "seeds", "options", "measured", "fit_rate", "answer_rate", "start_seconds", "deadline")
+    return plan(**{name: getattr(args, name) for name in names})
 
 
 def _add_summary(subparsers: Subparsers) -> None:
@@ -213,7 +264,14 @@ def _model(_: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_sweep, _add_summary, _add_compare, _add_report, _add_model)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    _add_sweep,
+    _add_plan,
+    _add_summary,
+    _add_compare,
+    _add_report,
+    _add_model,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The environment variables under which vLLM and torch start; to be set before either is imported.
+"""The environment variables under which vLLM, torch and Ray start; to be set before they are imported.
 
 A variable that the user has set is left as it is.
 """
@@ -6,6 +6,11 @@ A variable that the user has set is left as it is.
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_set_here: dict[str, str] = {}
 
 
 def prepare_environment() -> None:
@@ -28,5 +33,25 @@ def prepare_environment() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         logging.getLogger("vllm").setLevel(logging.ERROR)  # the variable above counts only once vLLM is loaded
         logging.getLogger("torchao").setLevel(logging.ERROR)  # its C++ extensions, which nothing here needs
+    if "RAY_ADDRESS" in os.environ and _has_ray_token():
+        # As a local cluster does by itself. One that asks for no token takes it too.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = _set_here[name] = value
+
+
+def _has_ray_token() -> bool:
+    """Whether there is a token to show to a cluster, where Ray looks for one."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return "RAY_AUTH_TOKEN" in os.environ or Path(path).is_file()
+
+
+@contextmanager
+def environment_as_given() -> Iterator[None]:
+    """Take back, within the block, what `prepare_environment` has set: a process elsewhere has to choose for itself."""
+    taken = {name: os.environ.pop(name) for name, value in _set_here.items() if os.environ.get(name) == value}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

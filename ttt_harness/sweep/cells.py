@@ -2,22 +2,24 @@
 
 lm-eval writes its results bit by bit into `seed<N>.partial` beside it; that folder is renamed when all of it is there.
 `cell.json` in it states the lm_eval call, so that a cell is known to be done with the same options and not with others.
+`seed<N>.failed` holds the reason for which the cell failed the last time.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ttt_harness.errors import ConfigError, ReportError, TTTError
+from ttt_harness.locks import file_lock
 from ttt_harness.report.results import Run, find_runs
 from ttt_harness.sweep.grid import Cell
 
 RECORD = "cell.json"
 PARTIAL = ".partial"
+FAILED = ".failed"
 LOCK = ".sweep.lock"
 
 # Options that change no result. Those of the loggers may also hold passwords, which have no place in a record.
@@ -29,25 +31,37 @@ _NOT_RECORDED = {
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
     """Make the folder of a sweep, and keep other sweeps out of it. The lock ends with the process, however it ends.
+
+    An empty folder that was made here is removed at the end, so that a sweep that is refused leaves nothing behind.
+
+    Args:
+        root: the folder.
+        shared: others that say so may write there too. Each cell has a lock of its own.
 
     Raises:
         ConfigError: the folder cannot be written, or another sweep is writing there.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / LOCK).open("w")
-    except OSError as error:
-        raise ConfigError(f"--output_path {root} cannot be written: {error.strerror}; choose another folder.") from None
-    with file:
+    there = root.exists()
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            root.mkdir(parents=True, exist_ok=True)
+            if not there:
+                stack.callback(_remove_empty, root)
+            stack.enter_context(file_lock(root / LOCK, shared=shared))
         except BlockingIOError:
             raise ConfigError(f"another sweep is writing to {root}; wait for it, or choose another folder.") from None
-        except OSError:  # a file system without locks: then it is for the user to start one sweep at a time
-            pass
+        except OSError as error:
+            raise ConfigError(
+                f"--output_path {root} cannot be written: {error.strerror}; choose another folder."
+            ) from None
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:
@@ -58,14 +72,13 @@ def settings_of(cell: Cell) -> dict[str, Any]:
 
 
 def is_done(cell: Cell, root: Path) -> bool:
-    """Whether the cell's folder holds its complete results. Removes what a stopped sweep has left of it.
+    """Whether the cell's folder holds its complete results.
 
     Raises:
         ConfigError: the folder holds something else: results of other options, or no cell's at all. Nothing there is
             overwritten; hours of work may be in it.
     """
     folder = cell.folder(root)
-    shutil.rmtree(_partial(folder), ignore_errors=True)
     if not folder.exists():
         return False
     try:
@@ -109,20 +122,56 @@ def written(cell: Cell, root: Path) -> Iterator[Path]:
     """A folder to write a cell's results into; becomes the cell's own when the block ends well, else is removed.
 
     Raises:
-        TTTError: at the end, where lm-eval has not written all of them. (It only logs when writing fails.)
+        TTTError: another process is at the cell, or has done it; or, at the end, lm-eval has not written all of its
+            results. (It only logs when writing fails.)
     """
     folder = cell.folder(root)
     partial = _partial(folder)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked_cell(folder):
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left of it
+        _failed(folder).unlink(missing_ok=True)
+        partial.mkdir()
+        try:
+            yield partial
+            check_complete(partial, samples=bool(cell.call.get("log_samples") or cell.call.get("predict_only")))
+            record = {"method": cell.method, "seed": cell.seed, "call": settings_of(cell)}
+            (partial / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked_cell(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
+        except BlockingIOError:
+            raise TTTError(f"another job is writing {folder}.") from None
+        if folder.exists():
+            raise TTTError(f"another job has written {folder} meanwhile.")
+        yield
+
+
+def is_partial(cell: Cell, root: Path) -> bool:
+    """Whether a process is at the cell, or was when it was killed."""
+    return _partial(cell.folder(root)).exists()
+
+
+def note_failure(cell: Cell, root: Path, reason: str) -> None:
+    """Keep the reason for which a cell failed, until it is run again."""
+    with suppress(OSError):  # a full disk may be that reason
+        _failed(cell.folder(root)).write_text(reason + "\n", encoding="utf-8")
+
+
+def failure(cell: Cell, root: Path) -> str:
+    """The reason for which the cell failed when it was run last; empty where there is none."""
     try:
-        yield partial
-        check_complete(partial, samples=bool(cell.call.get("log_samples") or cell.call.get("predict_only")))
-        record = {"method": cell.method, "seed": cell.seed, "call": settings_of(cell)}
-        (partial / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        return _failed(cell.folder(root)).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def check_complete(folder: Path, *, samples: bool) -> Run:
@@ -143,3 +192,7 @@ def check_complete(folder: Path, *, samples: bool) -> Run:
 
 def _partial(folder: Path) -> Path:
     return folder.with_name(folder.name + PARTIAL)
+
+
+def _failed(folder: Path) -> Path:
+    return folder.with_name(folder.name + FAILED)

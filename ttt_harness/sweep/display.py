@@ -1,21 +1,16 @@
 """The one progress display of a sweep: cells, the tasks of the current cell, time left.
 
-In a terminal, two bars at its foot; elsewhere a plain line for each cell and one every so often within it. `ttt_vllm`
-reports to `CellProgress`, which stands in the place of its own display for as long as the sweep runs.
+In a terminal, two bars at its foot; elsewhere a plain line for each cell and one every so often within it.
 """
 
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from ttt_harness.harness.progress import SECONDS_BETWEEN_LINES
+from ttt_harness.harness.progress import Display
 
 # Until a method has been measured, one without a fit is taken to last this part of one with.
 SHARE_WITHOUT_FIT = 0.2
@@ -46,8 +41,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-class SweepDisplay:
-    """Use as a context manager.
+class SweepDisplay(Display):
+    """The display of all cells and their runs.
 
     Args:
         todo: the method of each cell that is to run, in order.
@@ -56,42 +51,28 @@ class SweepDisplay:
     """
 
     def __init__(self, todo: Sequence[str], fits: Mapping[str, bool], skipped: int) -> None:
-        self._todo, self._fits = list(todo), fits
-        self._first = skipped
-        self._total = skipped + len(todo)
-        self._done: dict[str, list[float]] = defaultdict(list)
-        self._finished = 0
-        self._name = ""
-        self._started = self._last_line = time.monotonic()
-        self._console = Console(file=sys.stderr)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self._progress = (
-            Progress(*columns, console=self._console, transient=True) if self._console.is_terminal else None
-        )
-        if self._progress:
-            self._cells = self._progress.add_task("cells", total=self._total, completed=skipped, left="")
-            self._within = self._progress.add_task("", total=1.0, left="")
-
-    def __enter__(self) -> Self:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress:
-            self._progress.stop()
+        super().__init__(*columns, transient=True)
+        self._todo, self._fits = list(todo), fits
+        self._first = skipped
+        self._total = skipped + len(todo)
+        self._done: dict[str, list[float]] = defaultdict(list)
+        self._finished = 0
+        self._name = ""
+        self._started = time.monotonic()
+        if self.bars:
+            self._cells = self.bars.add_task("cells", total=self._total, completed=skipped, left="")
+            self._within = self.bars.add_task("", total=1.0, left="")
 
     def begin(self, name: str) -> None:
         """The next cell starts."""
         self._name, self._started = name, time.monotonic()
-        self.show(0.0, "preparing", line=True)
+        self._show(0.0, "preparing", line=True)
 
     def end(self, result: str, *, measured: bool) -> None:
         """The cell is over. measured: its time tells how long others will take."""
@@ -99,29 +80,23 @@ class SweepDisplay:
         if measured:
             self._done[self._todo[self._finished]].append(seconds)
         self._finished += 1
-        self.say(f"{self._name}: {result} ({duration(seconds)})")
+        self.print(f"{self._name}: {result} ({duration(seconds)})")
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def show(self, share: float, what: str, *, line: bool = False) -> None:  # noqa: ARG002 - a cell has many of them
+        """The state of the current cell: `share` of it is done, from 0 to 1."""
+        self._show(share, what, line=False)
 
-    def show(self, share: float, what: str, *, line: bool = False) -> None:
-        """The state of the current cell: `share` of it is done, from 0 to 1. line: worth a line outside a terminal."""
-        now = time.monotonic()
-        left = self._left(now)
+    def _show(self, share: float, what: str, *, line: bool) -> None:
+        left = self._left(time.monotonic())
         told = "" if left is None else f"about {duration(left)} left"
         position = f"{self._first + self._finished + 1}/{self._total}"
-        if self._progress:
+        if self.bars:
             at = self._first + self._finished + share
-            self._progress.update(self._cells, completed=at, description=f"cell {position}: {self._name}", left=told)
-            self._progress.update(self._within, completed=share, description=what, left="")
-        elif line or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
+            self.bars.update(self._cells, completed=at, description=f"cell {position}: {self._name}", left=told)
+            self.bars.update(self._within, completed=share, description=what, left="")
+        elif self.due(line):
             told = f" ({share:.0%} of this cell{', ' + told if told else ''})"
-            self.say(f"[cell {position}] {self._name}: {what}{told}")
+            self.print(f"[cell {position}] {self._name}: {what}{told}")
 
     def _left(self, now: float) -> float | None:
         """Time left: all cells that are not over, less what the current one has had."""
@@ -129,34 +104,3 @@ class SweepDisplay:
         now_left = seconds_left(self._done, [current], self._fits)
         rest = seconds_left(self._done, later, self._fits)
         return None if now_left is None or rest is None else max(0.0, now_left - (now - self._started)) + rest
-
-    def cell_progress(self, work: float) -> "CellProgress":
-        """Stands for `RunProgress(work)` within a sweep."""
-        return CellProgress(self, work)
-
-
-class CellProgress:
-    """What `RunProgress` is for a run by itself: counts a run's work, but shows it in the sweep's display."""
-
-    def __init__(self, display: SweepDisplay, work: float) -> None:
-        self._display, self._work, self._done = display, max(work, 1.0), 0.0
-        self._what = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def say(self, what: str) -> None:
-        """Tell what is being done now."""
-        if what != self._what:
-            self._what = what
-            self.advance(0, what)
-
-    def advance(self, work: float, what: str) -> None:
-        """Count `work` as done, and show `what` beside it."""
-        self._done += work
-        self._display.show(min(1.0, self._done / self._work), what)

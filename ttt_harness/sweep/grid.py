@@ -81,6 +81,10 @@ class Cell:
         """Where its results are, once it is done."""
         return root / self.method / f"seed{self.seed}"
 
+    def log(self, root: Path) -> Path:
+        """Where a job that runs the cell writes what it prints."""
+        return root / self.method / f"seed{self.seed}.log"
+
 
 def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call) -> list[Cell]:
     """The cells of the grid, all methods of the first seed first: a sweep that is cut short compares them all.

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +21,29 @@ from unittest import mock
 
 from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError, TTTError
-from ttt_harness.sweep.cells import is_done, locked, written
+from ttt_harness.harness.progress import showing
+from ttt_harness.sweep import slurm
+from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, written
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
 
 Execute = Callable[[Call], None]
 
 
-def sweep(*, methods: str | None, seeds: str | None, config: Path | None, options: Sequence[str]) -> int:
+def sweep(
+    *,
+    methods: str | None,
+    seeds: str | None,
+    config: Path | None,
+    options: Sequence[str],
+    resources: slurm.Resources | None = None,
+) -> int:
     """Run the grid. Returns the exit status: 0, 1 where a cell failed, 130 after Ctrl-C.
 
     Args:
         methods, seeds, config: as on the command line of `ttt-harness sweep`.
         options: all others, which are those of `lm_eval run`.
+        resources: submit the grid to SLURM, and have each job ask for these.
 
     Raises:
         ConfigError: something in the grid or the options is not allowed; nothing has been run then.
@@ -43,12 +54,30 @@ def sweep(*, methods: str | None, seeds: str | None, config: Path | None, option
     call = lm_eval_call(file, options)
     root = Path(call.pop("output_path"))
     cells = cells_of(names, numbers, call)
+    if resources is not None:
+        return slurm.submit(cells, root, resources)
     with locked(root):
         try:
             return run_cells(cells, root)
         except KeyboardInterrupt:
             print("Stopped before the first cell.", file=sys.stderr)
             return 130
+
+
+def status(*, methods: str | None, seeds: str | None, config: Path | None, options: Sequence[str]) -> int:
+    """Print what has become of a sweep's cells; the arguments are those of `sweep`, and may leave out the grid.
+
+    Raises:
+        ConfigError: the folder is missing.
+    """
+    file = read_yaml(config) if config else {}
+    parser = argparse.ArgumentParser(prog="ttt-harness sweep", add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_path", default=file.get("output_path"))
+    root = parser.parse_known_args(options)[0].output_path
+    if not root:
+        raise ConfigError("output_path is missing: give the folder of the sweep with --output_path.")
+    methods, seeds = methods or file.get("methods"), seeds or file.get("seeds")
+    return slurm.status(Path(root), parse_methods(methods) if methods else [], parse_seeds(seeds) if seeds else [])
 
 
 def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
@@ -95,10 +124,14 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     return call
 
 
-def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None) -> int:
+def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None, *, logs: bool = False) -> int:
     """Run the cells that are not done. Returns the exit status.
 
-    execute: runs one call; by default lm-eval does, after a check of model and tasks.
+    Args:
+        cells: of the grid, or some of them.
+        root: the folder of the sweep.
+        execute: runs one call; by default lm-eval does, after a check of model and tasks.
+        logs: write what is printed during each cell beside its results.
     """
     todo = [cell for cell in cells if not is_done(cell, root)]
     skipped = len(cells) - len(todo)
@@ -110,22 +143,23 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
     fits = {name: method.fits for name, method in METHODS.items()}
     with contextlib.ExitStack() as stack:
         if execute is None:
-            stack.enter_context(_one_task_index())
+            stack.enter_context(one_task_index())
             stack.enter_context(_no_bars())
             _check(todo, root)
         display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
         if execute is None:
             execute = run_lm_eval
-            stack.enter_context(_progress_in(display, todo))
+            stack.enter_context(showing(display))
         try:
             for cell in todo:
                 display.begin(cell.name)
-                reason = _run(cell, root, execute)
+                with _logged(cell.log(root)) if logs else contextlib.nullcontext():
+                    reason = _run(cell, root, execute, trace=logs)
                 if reason:
                     failed[cell.name] = reason
                 display.end(f"failed: {reason}" if reason else "done", measured=not reason)
         except KeyboardInterrupt:
-            display.say(f"Stopped at {cell.name}. The same command goes on from there.")
+            display.print(f"Stopped at {cell.name}. The same command goes on from there.")
             return 130
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
@@ -134,16 +168,38 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None)
     return 1 if failed else 0
 
 
-def _run(cell: Cell, root: Path, execute: Execute) -> str | None:
-    """Run one cell. Returns the reason where it fails."""
+def _run(cell: Cell, root: Path, execute: Execute, *, trace: bool) -> str | None:
+    """Run one cell. Returns the reason where it fails. trace: print where in the code it did."""
     try:
         with written(cell, root) as folder:
             execute(_whole_call(cell, folder))
     except (Exception, SystemExit) as error:
-        if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+        if trace or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
+        if not is_partial(cell, root):  # else another job is at it
+            note_failure(cell, root, _sentence(error))
         return _sentence(error)
     return None
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append to the file `path` all that this process and those that it starts print."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(number) for number in (1, 2)]
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, kept in enumerate(before, 1):
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _whole_call(cell: Cell, folder: Path) -> Call:
@@ -169,25 +225,39 @@ def _check(cells: Sequence[Cell], root: Path) -> None:
     """
     import lm_eval.models  # noqa: F401 - fills the registry
     from lm_eval.api.registry import get_model
-    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     # the one that asks for most: fitting methods check more arguments, and random guesses none
     cell = max(cells, key=lambda cell: (METHODS[cell.method].fits, METHODS[cell.method].model == "ttt_vllm"))
-    call = _whole_call(cell, root)
-    config = EvaluatorConfig.from_cli(argparse.Namespace(**call))
+    config = _lm_eval_config(_whole_call(cell, root))
     others = {name: getattr(config, name) for name in ("batch_size", "max_batch_size", "device")}
     get_model(config.model).create_from_arg_obj(config.model_args, others)
+    tasks = list(load_tasks(cell))
+    shared = [cell.method for cell in cells if cell.method.startswith("shared_")]
+    if shared and len(tasks) == 1:
+        print(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.", file=sys.stderr)
+
+
+def load_tasks(cell: Cell) -> dict[str, Any]:
+    """The cell's tasks by their names.
+
+    Raises:
+        TTTError: a task is unknown or has no data.
+    """
+    config = _lm_eval_config(cell.call)
     try:
         manager = config.process_tasks(config.metadata)
     except ValueError as error:
         raise ConfigError(_unknown_task(str(error))) from None
     try:
-        tasks = list(manager.load(config.tasks)["tasks"])
+        return manager.load(config.tasks)["tasks"]
     except (KeyError, ValueError) as error:
         raise ConfigError(f"lm-eval refuses these tasks: {_sentence(error)}") from None
-    shared = [cell.method for cell in cells if cell.method.startswith("shared_")]
-    if shared and len(tasks) == 1:
-        print(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.", file=sys.stderr)
+
+
+def _lm_eval_config(call: Call) -> Any:
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    return EvaluatorConfig.from_cli(argparse.Namespace(**copy.deepcopy(call)))
 
 
 def _unknown_task(message: str) -> str:
@@ -199,7 +269,7 @@ def _unknown_task(message: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_task_index() -> Iterator[None]:
+def one_task_index() -> Iterator[None]:
     """Build lm-eval's index of all tasks once, instead of 12 s for each cell."""
     from lm_eval.tasks import _index
 
@@ -222,18 +292,6 @@ def _no_bars() -> Iterator[None]:
 
     silent = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
     with mock.patch.object(tqdm.tqdm, "__init__", silent):
-        yield
-
-
-@contextlib.contextmanager
-def _progress_in(display: SweepDisplay, cells: Sequence[Cell]) -> Iterator[None]:
-    """Have `ttt_vllm` show its progress in the sweep's display: two displays would overwrite each other."""
-    if all(METHODS[cell.method].model != "ttt_vllm" for cell in cells):
-        yield
-        return
-    from ttt_harness.harness import model
-
-    with mock.patch.object(model, "RunProgress", display.cell_progress):
         yield
 
 

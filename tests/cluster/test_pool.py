@@ -1,0 +1,114 @@
+"""Bad input to a run on several workers: one sentence each, before anything is loaded or fitted."""
+
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ttt_harness.cluster import pool
+from ttt_harness.cluster.pool import Pool, connect
+from ttt_harness.errors import ClusterError, ConfigError, StoreError, TTTError
+
+
+def said(error: type[TTTError], call) -> str:
+    with pytest.raises(error) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_no_ray_tells_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "pip install 'ttt-harness[cluster]'" in said(ConfigError, lambda: Pool(2))
+
+
+@pytest.mark.parametrize("address", ["head", "head:", "head:x", "ray://head:10001"])
+def test_an_address_that_is_none(address, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert "is not allowed" in said(ConfigError, connect)
+
+
+def test_an_address_at_which_nothing_answers(monkeypatch):
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    start = time.monotonic()
+    assert "no Ray cluster answers" in said(ClusterError, connect)
+    assert time.monotonic() - start < 30
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "choose another folder" in said(StoreError, lambda: pool._mark(tmp_path / "file" / "store"))
+
+
+@pytest.mark.integration
+def test_an_address_at_which_something_else_answers(monkeypatch):
+    pytest.importorskip("ray")
+    start = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        assert "no Ray cluster answers" in said(ClusterError, connect)
+    assert time.monotonic() - start < 30
+
+
+JOIN = """
+from ttt_harness.cluster.pool import Pool
+import ray
+pool = Pool(3)
+print(ray.get_runtime_context().gcs_address)
+pool.close()
+assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.integration
+def test_a_cluster_that_runs_is_joined_and_left_running():
+    """In a process of its own, as a user's: Ray reads its settings when it is imported."""
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    with subprocess.Popen([*start, f"--port={port}", "--num-cpus=3"], stdout=subprocess.PIPE, text=True) as head:
+        try:
+            address = None
+            while address is None:
+                address = re.search(rf"[\d.]+:{port}", head.stdout.readline())
+            environment = {**os.environ, "RAY_ADDRESS": address[0]}
+            for _ in range(2):  # it runs on when the first has left
+                joined = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True)
+                assert joined.returncode == 0, joined.stderr
+                assert joined.stdout.strip() == address[0]
+        finally:
+            head.terminate()
+            head.stdout.read()
+
+
+@pytest.mark.integration
+def test_more_workers_than_the_machine_has_cores():
+    ray = pytest.importorskip("ray")
+    cores = len(os.sched_getaffinity(0))
+    try:
+        assert f"there are {cores} cores" in said(ConfigError, lambda: Pool(cores + 1))
+        assert ray.cluster_resources()["CPU"] == cores
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.integration
+def test_more_workers_than_the_cluster_has_gpus():
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=4, num_gpus=3, include_dashboard=False, logging_level="ERROR")
+    try:
+        assert "there are 3 GPUs; use at most 1" in said(ConfigError, lambda: Pool(2, gpus_per_worker=2))
+        Pool(1, gpus_per_worker=2).close()
+        assert not ray.is_initialized()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,152 @@
+"""A sweep on a real SLURM cluster: one node, this machine, started here with a configuration of its own."""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not installed (apt install slurmctld slurmd): no {MISSING}"),
+]
+
+SEEDS = (42, 43, 44)
+SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,max_model_len=1024,dtype=float32"
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+KillWait=1
+SchedulerParameters=bf_interval=1,sched_interval=1
+RequeueExit=200
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=60
+"""
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "this has taken too long"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """The environment in which SLURM's commands reach the cluster."""
+    folder = tmp_path_factory.mktemp("slurm")
+    host = socket.gethostname().partition(".")[0]
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(host=host, ports=free_ports(2), user=getpass.getuser(), folder=folder)
+    )
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    processes = []
+    try:
+        for daemon in ("slurmctld", "slurmd"):
+            with (folder / f"{daemon}.log").open("w") as log:
+                processes.append(subprocess.Popen([daemon, "-D", "-c"], env=environment, stdout=log, stderr=log))
+
+        def idle():
+            sinfo = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
+            return sinfo.stdout.strip() == "idle"
+
+        wait_for(idle, 30)
+        yield environment
+    finally:
+        subprocess.run(["scancel", "--signal=KILL", "--full", "--user", getpass.getuser()], env=environment)
+        subprocess.run(["scancel", "--user", getpass.getuser()], env=environment)
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    grid = [
+        *("--methods", "random,ttt", "--seeds", "42-44", "--tasks", "procedural_ttt_boolean_expressions"),
+        *("--limit", "4", "--output_path", str(out)),
+        *("--model_args", f"pretrained={tiny_model},adapter_dir={tmp_path / 'adapters'},{SETTINGS}"),
+    ]
+
+    def sweep(*arguments):
+        command = [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *arguments]
+        result = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr + result.stdout
+        return result
+
+    def states():
+        told = sweep("--status", "--output_path", str(out)).stdout.splitlines()[:-1]
+        return {line.split("  ")[0].strip(): " ".join(line.split()[3:]) for line in told}
+
+    def call(*command):
+        subprocess.run(command, env=slurm, check=True)
+
+    submit = ["--slurm", "--time", "20", "--gpus", "0", "--cells_per_job", "2", "--partition", "main"]
+    told = sweep(*grid, *submit, "--sbatch=--comment=study").stderr
+    assert "6 cells are in SLURM's queue as 3 jobs" in told
+    assert set(states()) == {f"{method}, seed {seed}" for method in ("random", "ttt") for seed in SEEDS}
+    # the same again while all of it is queued: nothing is submitted twice
+    assert "0 of 6 cells are done, 6 are queued or running: skipped." in sweep(*grid, *submit).stderr
+
+    partial = wait_for(lambda: list(out.glob("ttt/*.partial")), 240)[0]
+    name = f"ttt, seed {partial.stem.removeprefix('seed')}"
+    state = states()[name]
+    assert state.startswith("running job "), state
+    job = state.split()[2].rstrip(";")
+    call("scancel", "--signal=KILL", "--full", job)
+    wait_for(lambda: states()[name].startswith(f"failed job {job} ended without its results: CANCELLED"), 30)
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*/*/cell.json")}
+    assert done  # the job's first cell
+    call("scontrol", "requeue", job)
+
+    # another, asked to make room as before a time limit, queues itself again
+    partial = wait_for(lambda: [path for path in out.glob("ttt/*.partial") if path.stem not in name], 240)[0]
+    second = states()[f"ttt, seed {partial.stem.removeprefix('seed')}"].split()[2].rstrip(";")
+    call("scancel", "--signal=USR2", second)
+    log = out / "ttt" / f"{partial.stem}.log"
+
+    wait_for(lambda: len(list(out.glob("*/seed??/cell.json"))) == 6, 400)
+    assert all(state.startswith("done") for state in states().values())
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*/*/cell.json")}.items()
+    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*.lock"))
+    assert all((out / f"{method}/seed{seed}.log").exists() for method in ("random", "ttt") for seed in SEEDS)
+    assert "ttt, seed" in log.read_text()
+    said = Path(next(out.glob(f"slurm/{second}_*_log.err"))).read_text()
+    assert "Stopped at ttt" in said
+    told = sweep(*grid, *submit).stderr
+    assert "6 of 6 cells are done, 0 are queued or running: skipped." in told

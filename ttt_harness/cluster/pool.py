@@ -1,0 +1,435 @@
+"""The driver's side of a run on several workers: one Ray actor for each, kept for as long as this process lives.
+
+A pool joins the cluster that `RAY_ADDRESS` names, or starts one on this machine, which ends with this process. Ray is
+imported when the first pool is made.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttt_harness.cluster.schedule import Piece, Schedule, Task
+from ttt_harness.cluster.worker import Board, Circumstances, Worker
+from ttt_harness.errors import ClusterError, ConfigError, StoreError, TTTError
+from ttt_harness.harness.progress import RunProgress
+from ttt_harness.serving.environment import environment_as_given
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from ttt_harness.harness.model import TTTVLLM, Group
+
+# How often a piece of work is given to another worker after its own has died.
+MOST_REPEATS = 2
+SECONDS_TO_CONNECT = 30.0
+SECONDS_BETWEEN_LOOKS = 0.5
+# What travels through Ray are prompts, answers, and adapters between machines without a common folder.
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+class Pool:
+    """Workers that are started by the first run that needs them.
+
+    Args:
+        workers: how many.
+        gpus_per_worker: GPUs that each takes, where the cluster has any.
+
+    Raises:
+        ConfigError: Ray is missing, or the cluster has too few GPUs or cores.
+        ClusterError: the cluster cannot be reached or joined.
+    """
+
+    def __init__(self, workers: int, *, gpus_per_worker: int = 1) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError(
+                f"data_parallel_size={workers} needs Ray, which is not installed: pip install 'ttt-harness[cluster]'."
+            )
+        self.size = workers
+        self.closed = False
+        self._workers: dict[int, Any] = {}
+        self._sees_store: dict[int, bool] = {}
+        connect()
+        self._options = self._resources(workers, gpus_per_worker)
+        self._board = _ray().remote(Board).options(num_cpus=0).remote()
+        atexit.register(self.close)
+
+    def _resources(self, workers: int, gpus_per_worker: int) -> dict[str, Any]:
+        """What each actor asks Ray for."""
+        there = _ray().cluster_resources()
+        gpus, cores = int(there.get("GPU", 0)), int(there.get("CPU", 1))
+        if gpus:
+            if workers * gpus_per_worker > gpus:
+                each = f" with tensor_parallel_size={gpus_per_worker}" if gpus_per_worker > 1 else ""
+                raise ConfigError(
+                    f"data_parallel_size={workers} is not allowed{each}: there are {gpus} GPUs; use at most "
+                    f"{gpus // gpus_per_worker}."
+                )
+            return {"num_cpus": 0, "num_gpus": gpus_per_worker}
+        if workers > cores:
+            raise ConfigError(f"data_parallel_size={workers} is not allowed: there are {cores} cores and no GPU.")
+        threads = str(cores // workers)
+        return {"num_cpus": cores // workers, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}}}
+
+    def close(self) -> None:
+        """End the workers, and the cluster if it was started here."""
+        if self.closed:
+            return
+        self.closed = True
+        atexit.unregister(self.close)
+        for worker in self._workers.values():
+            with contextlib.suppress(Exception):
+                _ray().kill(worker)
+        _ray().shutdown()
+
+    # A run
+
+    def answer(
+        self,
+        model: "TTTVLLM",
+        groups: "Sequence[Group]",
+        requests: "Sequence[Instance]",
+        kind: str,
+        progress: RunProgress,
+        fit_work: Mapping[str, float],
+        read_work: Mapping[str, float],
+    ) -> list[Any]:
+        """Fit and answer the groups on the workers; puts what it took into the model's records.
+
+        Args:
+            model: the driver's, which neither fits nor answers.
+            groups: of requests, with their sequences and keys.
+            requests: all of them.
+            kind: the method of lm-eval's that answers them.
+            progress: counts the work of all groups.
+            fit_work: key -> the work of each fit that is to be done.
+            read_work: task -> the work of its answers.
+
+        Returns:
+            The answers in the order of the requests.
+
+        Raises:
+            TTTError: a worker cannot do its work, or a piece of it has ended its workers again and again.
+        """
+        run = _Run(self, model, groups, requests, kind, progress)
+        self._mark = _mark(model.store.root)
+        try:
+            self._start_workers(model, progress)
+            shared = {key for key in fit_work if sum(group.key == key for group in groups) > 1}
+            first = [next(i for i, group in enumerate(groups) if group.key == key) for key in shared]
+            run.work([Task(groups[i].task, fit_work[groups[i].key or ""], 0, 0) for i in first], first)
+            tasks = [
+                Task(
+                    group.task,
+                    0 if group.key in shared else fit_work.get(group.key or "", 0),
+                    read_work[group.task],
+                    len(group.indices),
+                )
+                for group in groups
+            ]
+            run.work(tasks, range(len(groups)))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._mark.unlink(missing_ok=True)
+        return run.answers
+
+    def _start_workers(self, model: "TTTVLLM", progress: RunProgress) -> None:
+        """Start those that are not there, and hold what their results depend on against the driver's."""
+        progress.say(f"starting {self.size} workers")
+        ready = {self.start_worker(number, model): number for number in range(self.size)}
+        while ready:
+            done, _ = _ray().wait(list(ready), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            for reference in done:
+                self.is_ready(ready.pop(reference), reference, model)
+
+    def start_worker(self, number: int, model: "TTTVLLM", *, anew: bool = False) -> Any:
+        """Have worker `number` make the model; the worker is started if it is not there.
+
+        Args:
+            number: which one.
+            model: the driver's.
+            anew: another one in the place of a lost one.
+
+        Returns:
+            The reference that is there once it is ready.
+        """
+        if anew or number not in self._workers:
+            self._workers[number] = _ray().remote(Worker).options(**self._options).remote(number, self._board)
+        return self._workers[number].start.remote(model.worker_args, self._mark)
+
+    def is_ready(self, number: int, reference: Any, model: "TTTVLLM") -> None:
+        """Take note of a worker that has started.
+
+        Raises:
+            ClusterError: it has other versions, another device or another model than the driver, or has not started.
+        """
+        try:
+            theirs, self._sees_store[number] = _ray().get(reference)
+        except _ray().exceptions.RayTaskError as error:
+            raise _cause(error, f"worker {number}") from None
+        except _ray().exceptions.RayError as error:
+            raise ClusterError(f"worker {number} could not be started: {_first_line(error)}") from None
+        ours = Circumstances.of(model)
+        for name in ours.versions:
+            if theirs.versions.get(name) != ours.versions[name]:
+                raise ClusterError(
+                    f"{name} is {theirs.versions.get(name)} on the node of worker {number}, and {ours.versions[name]} "
+                    "here; install the same on both."
+                )
+        for what in ("device", "dtype", "base_model"):
+            if getattr(theirs, what) != getattr(ours, what):
+                raise ClusterError(
+                    f"the {what.replace('_', ' ')} of worker {number} is {getattr(theirs, what)}, and "
+                    f"{getattr(ours, what)} here; run this command on a node like those of the workers."
+                )
+
+    def worker(self, number: int) -> Any:
+        """The handle of worker `number`."""
+        return self._workers[number]
+
+    def sees_store(self, number: int) -> bool:
+        """Whether worker `number` works in the driver's store."""
+        return self._sees_store[number]
+
+    def told(self) -> dict[int, tuple[float, str]]:
+        """What the workers have told of their progress since this was asked last."""
+        try:
+            return _ray().get(self._board.read.remote(), timeout=10)
+        except _ray().exceptions.RayError:  # its node is lost; the answers do not depend on it
+            self._board = _ray().remote(Board).options(num_cpus=0).remote()
+            return {}
+
+
+class _Run:
+    """One call of the model's: who is at what, and what has come of it."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: "TTTVLLM",
+        groups: "Sequence[Group]",
+        requests: "Sequence[Instance]",
+        kind: str,
+        progress: RunProgress,
+    ) -> None:
+        self.answers: list[Any] = [None] * len(requests)
+        self._pool, self._model, self._groups, self._requests = pool, model, groups, requests
+        self._kind, self._progress = kind, progress
+        self._files: dict[str, Any] = {}  # key -> reference to the adapter's files, for workers elsewhere
+        self._lost: dict[Piece, int] = {}
+        self._shown: dict[int, float] = {}  # worker -> the share of its piece that is counted
+
+    def work(self, tasks: Sequence[Task], groups: Sequence[int]) -> None:
+        """Have the pieces of `tasks` done; task number i is that of group number groups[i]."""
+        ray = _ray()
+        schedule = Schedule(tasks, self._pool.size)
+        idle = list(range(self._pool.size))
+        running: dict[Any, tuple[int, Piece]] = {}
+        starting: dict[Any, int] = {}
+        while True:
+            for number in list(idle):
+                if (piece := schedule.next(number)) is not None:
+                    idle.remove(number)
+                    running[self._begin(number, piece, self._groups[groups[piece.task]])] = (number, piece)
+            if not running and not schedule.left:
+                return
+            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            self._show(tasks, dict(running.values()))
+            for reference in done:
+                if reference in starting:
+                    self._pool.is_ready(starting[reference], reference, self._model)
+                    idle.append(starting.pop(reference))
+                    continue
+                number, piece = running.pop(reference)
+                group = self._groups[groups[piece.task]]
+                try:
+                    self._end(piece, group, ray.get(reference))
+                except ray.exceptions.RayTaskError as error:
+                    raise _cause(error, group.task) from None
+                except ray.exceptions.RayError as error:
+                    self._again(piece, group, error)
+                    schedule.failed(piece)
+                    self._progress.advance(-self._shown.pop(number, 0.0) * _work(piece, tasks), group.task)
+                    starting[self._pool.start_worker(number, self._model, anew=True)] = number
+                    continue
+                if piece.fits:
+                    schedule.fitted(piece.task, number)
+                self._progress.advance((1 - self._shown.pop(number, 0.0)) * _work(piece, tasks), group.task)
+                idle.append(number)
+
+    def _begin(self, number: int, piece: Piece, group: "Group") -> Any:
+        worker, args = self._pool.worker(number), self._model.worker_args
+        if piece.fits:
+            self._progress.say(f"{group.task}: fitting (worker {number})")
+            return worker.fit.remote(args, dataclasses.replace(group, support=None, indices=[]))
+        self._progress.say(f"{group.task}: answering {piece.stop - piece.start} requests (worker {number})")
+        requests = [self._requests[index] for index in group.indices[piece.start : piece.stop]]
+        head = dataclasses.replace(group, support=None, indices=[], sequences=group.sequences[:1])
+        return worker.answer.remote(args, head, requests, self._kind, self._adapter_files(number, group))
+
+    def _adapter_files(self, number: int, group: "Group") -> Any:
+        """The adapter's files, by reference, for a worker that cannot read them in the store."""
+        if group.key is None or self._pool.sees_store(number):
+            return None
+        if group.key not in self._files:
+            self._files[group.key] = _ray().put(self._model.store.files(group.key))
+        return self._files[group.key]
+
+    def _end(self, piece: Piece, group: "Group", result: tuple[Any, Any]) -> None:
+        records = self._model.records
+        if piece.fits:
+            record, files = result
+            if files is not None:
+                assert group.key is not None
+                self._model.store.add(group.key, files)
+            records[group.task] = {**record, **self._place(group)}
+            return
+        values, record = result
+        for index, value in zip(group.indices[piece.start : piece.stop], values, strict=True):
+            self.answers[index] = value
+        mine = records.setdefault(group.task, {**record, **self._place(group), "requests": 0, "generate_seconds": 0.0})
+        if "changes_output" in record:
+            mine["changes_output"] = record["changes_output"]
+        mine["requests"] = mine.get("requests", 0) + record["requests"]
+        mine["generate_seconds"] = round(mine.get("generate_seconds", 0.0) + record["generate_seconds"], 3)
+
+    def _place(self, group: "Group") -> dict[str, Any]:
+        """Where the adapter is in the driver's store."""
+        return {"adapter": str(self._model.store.root / group.key)} if group.key else {}
+
+    def _again(self, piece: Piece, group: "Group", error: Exception) -> None:
+        """Count how often the piece has ended its worker.
+
+        Raises:
+            ClusterError: too often.
+        """
+        self._lost[piece] = self._lost.get(piece, 0) + 1
+        what = "fit" if piece.fits else "answers"
+        if self._lost[piece] > MOST_REPEATS:
+            raise ClusterError(
+                f"the {what} of {group.task} ended {self._lost[piece]} workers: {_first_line(error)} "
+                f"All adapters that are done are in {self._model.store.root}."
+            ) from None
+        self._progress.say(f"{group.task}: its worker is lost, its {what} are done again elsewhere")
+
+    def _show(self, tasks: Sequence[Task], at: Mapping[int, Piece]) -> None:
+        for number, (share, what) in self._pool.told().items():
+            if number in at:
+                self._progress.advance((share - self._shown.get(number, 0.0)) * _work(at[number], tasks), what)
+                self._shown[number] = share
+
+
+def _work(piece: Piece, tasks: Sequence[Task]) -> float:
+    task = tasks[piece.task]
+    return task.fit if piece.fits else task.answer * (piece.stop - piece.start) / task.questions
+
+
+# Ray
+
+
+def _ray() -> Any:
+    import ray
+    import ray.exceptions
+
+    return ray
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS`, or start one here.
+
+    Raises:
+        ClusterError: it does not answer, is of another version, or cannot be started.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("local", "auto"):
+        _reach(address)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    if address == "local":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        options |= {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        del options["include_dashboard"]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with environment_as_given():  # each worker makes its own choice of threads
+            ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"Ray cannot be used at RAY_ADDRESS={address}: {_first_line(error)}") from None
+
+
+def _reach(address: str) -> None:
+    """Find out whether a cluster answers at HOST:PORT, by joining it in another process: Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "://" in address:
+        raise ConfigError(f"RAY_ADDRESS={address} is not allowed: it is HOST:PORT of a cluster's head node, or auto.")
+    join = [sys.executable, "-c", "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)", address]
+    try:
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT / 4).close()
+        tried = subprocess.run(join, capture_output=True, text=True, timeout=SECONDS_TO_CONNECT * 3 / 4, check=False)
+        lines = tried.stderr.strip().splitlines()
+        reason = lines[-1].strip() if tried.returncode and lines else ""
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        reason = f"nothing within {SECONDS_TO_CONNECT:.0f} s"
+    if reason:
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start one there with `ray start --head`, or "
+            "unset RAY_ADDRESS to start one on this machine."
+        )
+
+
+def _mark(root: Path) -> Path:
+    """A new file in the store, by which a worker knows that it sees the same folder.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    mark = root.expanduser().resolve() / f".driver-{uuid.uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise StoreError(
+            f"the adapter store {root} cannot be written: {error.strerror}; choose another folder with adapter_dir=."
+        ) from None
+    return mark
+
+
+def _cause(error: Any, where: str) -> Exception:
+    """What a worker has raised, as this process raises it."""
+    cause = error.cause
+    if isinstance(cause, TTTError):
+        return cause
+    return ClusterError(f"{where}: {type(cause).__name__}: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+_pool: Pool | None = None
+
+
+def shared_pool(workers: int, *, gpus_per_worker: int) -> Pool:
+    """This process's pool; the one there is, if it has as many workers, else a new one in its place."""
+    global _pool
+    if _pool is None or _pool.closed or _pool.size != workers:
+        if _pool is not None:
+            _pool.close()
+        _pool = Pool(workers, gpus_per_worker=gpus_per_worker)
+    return _pool
