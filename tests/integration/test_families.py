@@ -6,6 +6,7 @@ from checkpoints import CHECKPOINTS, write_checkpoint
 
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.data.sequences import TrainingSequence
+from ttt_harness.errors import ConfigError
 from ttt_harness.training.checkpoint import ModelShape, read_config
 from ttt_harness.training.trainer import Trainer
 
@@ -75,3 +76,19 @@ def test_trained_logits_are_those_of_vllm(name, save_tokenizer, tmp_path):
     stored = store.save("none", without_effect.weights, base_model=str(model_dir), **LORA, record={})
     assert not engine.changes_output(engine.adapter("none", stored.path), tokens[:32])
     engine.close()
+
+
+def test_vllm_reserves_the_rank_under_which_adapters_are_written(save_tokenizer, tmp_path):
+    from ttt_harness.harness.model import TTTVLLM
+
+    for name in ("phi3", "mistral"):
+        (tmp_path / name).mkdir()
+        save_tokenizer(tmp_path / name)
+        write_checkpoint(tmp_path / name, CHECKPOINTS[name])
+    phi3 = {"pretrained": str(tmp_path / "phi3"), "dtype": "float32", "max_model_len": 256}
+    assert TTTVLLM(**phi3, lora_rank=64).model.engine_args["max_lora_rank"] == 128
+    assert TTTVLLM(**phi3 | {"pretrained": str(tmp_path / "mistral")}).model.engine_args["max_lora_rank"] == 64
+    with pytest.raises(ConfigError, match="vLLM takes one of 128, 256, 320, 512 for lora_rank=64"):
+        TTTVLLM(**phi3, lora_rank=64, max_lora_rank=64)
+    with pytest.raises(ConfigError, match="lora_rank=300 is not allowed for Phi3ForCausalLM"):
+        TTTVLLM(**phi3, lora_rank=300)

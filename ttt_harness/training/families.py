@@ -228,8 +228,9 @@ class SlidingAttention(MultiHeadAttention):
 
 def _build_llama(shape: ModelShape, **lora: Any) -> TransformerDecoder:
     # The builder of Llama 3.2 is the general one: any RoPE base, scaled or not, tied embeddings or not.
-    own = {"scale_factor": shape.rope_scale, "tie_word_embeddings": shape.tied_embeddings}
-    return _decoder(lora_llama3_2, shape, **lora, **own)
+    return _decoder(
+        lora_llama3_2, shape, **lora, scale_factor=shape.rope_scale, tie_word_embeddings=shape.tied_embeddings
+    )
 
 
 def _build_mistral(shape: ModelShape, **lora: Any) -> TransformerDecoder:
