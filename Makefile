@@ -2,6 +2,9 @@
 # make test      set up what is missing, then run every check and test
 # make check     the checks alone: ruff and mypy
 # make install   set up what is missing: .venv, with the CPU or the GPU stack (override: make install STACK=cpu)
+# make bench     set up what is missing, then measure this project beside the original pipeline (benchmarks/README.md);
+#                LIMIT= TASKS= K= PERMUTATIONS= MODEL= RUNS= change what, BENCH="--stages ours,adapter" anything else
+# make bench-growth   how the time grows with tasks, demonstrations and permutations; the same variables
 # make clean     remove caches and build products; `rm -rf .venv` starts the set-up over
 
 PYTHON ?= python3
@@ -16,7 +19,7 @@ export TTT_BBH_DIR := $(abspath ../shared/bbh)
 endif
 endif
 
-.PHONY: demo test check install clean
+.PHONY: demo test check bench bench-growth install clean
 
 demo: install
 	$(PY) -m ttt_harness.demo
@@ -28,6 +31,17 @@ check: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# A variable that is not set leaves the command's own default.
+BENCH_OPTIONS = $(if $(LIMIT),--limit $(LIMIT)) $(if $(TASKS),--tasks $(TASKS)) $(if $(K),--k $(K)) \
+	$(if $(PERMUTATIONS),--permutations $(PERMUTATIONS)) $(if $(MODEL),--model $(MODEL)) $(if $(RUNS),--runs $(RUNS)) \
+	$(BENCH)
+
+bench: install
+	$(PY) -m benchmarks compare $(BENCH_OPTIONS)
+
+bench-growth: install
+	$(PY) -m benchmarks growth $(BENCH_OPTIONS)
 
 install: $(INSTALLED)
 

@@ -100,6 +100,34 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, m
         parameter.grad = None
 
 
+def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(trainer, sequences, monkeypatch):
+    torch.manual_seed(0)
+    trainer._reset()
+    trainer.model.eval()
+    loss = trainer._backward(sequences)
+    expected = [parameter.grad.clone() for parameter in trainer.adapter.values()]
+    for parameter in trainer.adapter.values():
+        parameter.grad = None
+    room = 50
+
+    def limited(model, tokens, labelled, *, recompute=False):
+        logits = labelled_logits(model, tokens, labelled, recompute=recompute)
+        if tokens.numel() > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    monkeypatch.setattr("ttt_harness.training.trainer.labelled_logits", limited)
+    monkeypatch.setattr(trainer, "max_tokens", 200)
+    assert trainer._backward_within_memory(sequences) == pytest.approx(loss, rel=1e-5)
+    assert trainer.max_tokens == 50
+    for parameter, gradient in zip(trainer.adapter.values(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+        parameter.grad = None
+    room = 30  # less than the longest sequence
+    with pytest.raises(ModelError, match="40 tokens does not fit"):
+        trainer._backward_within_memory(sequences)
+
+
 def test_recomputed_layers_draw_the_same_dropout(trainer, sequences):
     tokens, labelled = torch.tensor([sequences[0].tokens]), torch.tensor([sequences[0].labelled])
     adapter = list(trainer.adapter.values())
@@ -115,7 +143,7 @@ def test_recomputed_layers_draw_the_same_dropout(trainer, sequences):
 
 def test_a_sequence_of_any_length_fits_the_memory_that_activations_may_take(tiny_model):
     trainer = make_trainer(tiny_model)
-    per_token = 2 * (14 * 128 + 6 * 256) * 4
+    per_token = 2 * (11 * 128 + 4 * 256) * 4
     assert trainer.max_tokens * per_token == pytest.approx(768 * 2**20, rel=0.01)  # its weights are next to nothing
 
 

@@ -10,7 +10,8 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -30,13 +31,17 @@ from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.harness.progress import RunProgress
 from ttt_harness.harness.task import support_set_of
 from ttt_harness.serving.engine import default_engine_args, shared_engine
+from ttt_harness.serving.memory import GIB, MemoryPlan, Sizes, gpu_memory, plan_memory
 from ttt_harness.training.checkpoint import ModelShape, read_config
-from ttt_harness.training.trainer import shared_trainer
+from ttt_harness.training.trainer import FitResult, release_trainer, shared_trainer
 
 # Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
-FIT_VERSION = 1
+FIT_VERSION = 2
 # A token that is trained on costs about as much as this many that are only read (forward, and half of backward).
 FIT_COST = 2.5
+
+# Where a GPU cannot hold the keys and values of a model's whole context window, the longest of these that it holds.
+CONTEXTS = (65536, 32768, 16384, 8192, 4096, 2048)
 
 # For the time left only: the prefix cache spares most of a prompt, so 40 characters of it cost about one token.
 CHARACTERS_PER_TOKEN = 40
@@ -100,6 +105,9 @@ class TTTVLLM(vllm_causallms.VLLM):
         if self._fits:
             engine_args["enable_lora"] = True
             engine_args["max_lora_rank"] = _max_lora_rank(config, self._shape, model_args.get("max_lora_rank"))
+        self._memory: MemoryPlan | None = None
+        if self._fits and self._fit_device == "cuda":
+            self._memory, engine_args = self._share_gpu(engine_args)
         # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
         llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
         try:
@@ -110,6 +118,32 @@ class TTTVLLM(vllm_causallms.VLLM):
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
         self._records: dict[str, dict[str, Any]] = {}
+
+    def _share_gpu(self, engine_args: dict[str, Any]) -> tuple[MemoryPlan, dict[str, Any]]:
+        """Plan how trainer and engine share the GPU; returns the plan and the engine's arguments under it.
+
+        Raises:
+            ModelError: not even one of them fits.
+        """
+        free, total = gpu_memory()
+        budget = min(free, int(total * float(engine_args.get("gpu_memory_utilization", 0.9))))
+        width = 4 if engine_args.get("dtype") == "float32" else 2
+        shape = self._shape
+        sizes = Sizes(
+            base=shape.base_parameters * width,
+            adapter=shape.adapter_parameters(self.ttt_config.lora_rank) * width,
+            kv_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width,
+            fit_token=shape.activation_bytes_per_token(torch.float32 if width == 4 else torch.bfloat16),
+        )
+        asked = engine_args.get("max_model_len")
+        contexts = [int(asked)] if asked else [shape.context_length, *(c for c in CONTEXTS if c < shape.context_length)]
+        for context in contexts:
+            if plan := plan_memory(budget, sizes, context):
+                return plan, {**_engine_share(plan, total, engine_args), "max_model_len": context}
+        raise ModelError(
+            f"{self.model_dir} needs more memory than this GPU may give ({budget / GIB:.1f} GiB), for fitting and "
+            "serving in turns as well; use a smaller model, or a larger GPU or gpu_memory_utilization."
+        )
 
     # What lm-eval calls
 
@@ -171,25 +205,56 @@ class TTTVLLM(vllm_causallms.VLLM):
         fit_work = FIT_COST * sum(self._fit_tokens(sequences) for sequences in to_fit.values())
         read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
         answers: list[Any] = [None] * len(requests)
+
+        def finish(group: _Group, where: str, fitted: FitResult | None) -> None:
+            adapter = self._adapter(group, fitted) if group.key else None
+            if not self.model.running:
+                progress.say(f"{where}: starting vLLM")
+            self.model.start()  # here, so that its time is not counted as the first task's
+            progress.say(f"{where}: answering {len(group.indices)} requests")
+            self._serve_with(adapter, group)
+            start = time.perf_counter()
+            values = answer([requests[index] for index in group.indices], disable_tqdm=True)
+            seconds = time.perf_counter() - start
+            for index, value in zip(group.indices, values, strict=True):
+                answers[index] = value
+            progress.advance(read_work[group.task], where)
+            self._records.setdefault(group.task, {"adapter": None}).update(
+                requests=len(group.indices), generate_seconds=round(seconds, 3)
+            )
+
         with RunProgress(fit_work + sum(read_work.values())) as progress:
-            for position, group in enumerate(groups, 1):
-                where = f"{group.task} ({position}/{len(groups)})"
-                adapter = self._adapter(group, progress, where) if group.key else None
-                if not self.model.running:
-                    progress.say(f"{where}: starting vLLM")
-                    self.model.start()  # here, so that its time is not counted as the first task's
-                progress.say(f"{where}: answering {len(group.indices)} requests")
-                self._serve_with(adapter, group)
-                start = time.perf_counter()
-                values = answer([requests[index] for index in group.indices], disable_tqdm=True)
-                seconds = time.perf_counter() - start
-                for index, value in zip(group.indices, values, strict=True):
-                    answers[index] = value
-                progress.advance(read_work[group.task], where)
-                self._records.setdefault(group.task, {"adapter": None}).update(
-                    requests=len(group.indices), generate_seconds=round(seconds, 3)
-                )
+            fits = self._fit_in_turn(groups, progress)
+            if self._memory is None or not to_fit:
+                for item in fits:
+                    finish(*item)
+                return answers
+            progress.say(self._memory.reason)
+            if self._memory.turns:
+                self.model.make_room()
+                fitted = list(fits)
+                release_trainer()
+                for item in fitted:
+                    finish(*item)
+            else:
+                self.model.start_soon()
+                _in_background(fits, finish)
         return answers
+
+    def _fit_in_turn(
+        self, groups: Sequence[_Group], progress: RunProgress
+    ) -> Iterator[tuple[_Group, str, FitResult | None]]:
+        """Yield each group, where it stands in the run, and its fit, if its adapter was neither stored nor fitted."""
+        fitted: set[str] = set()
+        for position, group in enumerate(groups, 1):
+            where = f"{group.task} ({position}/{len(groups)})"
+            result = None
+            if group.key and group.key not in fitted and self._stored(group.key) is None:
+                fitted.add(group.key)
+                result = self._fit(group, progress, where)
+                if self._memory is not None and self._memory.turns:
+                    self._keep(group, result)
+            yield group, where, result
 
     def _plan(self, requests: list[Instance]) -> list[_Group]:
         """Group the requests by task, and prepare and check what each group will be fitted on.
@@ -321,17 +386,16 @@ class TTTVLLM(vllm_causallms.VLLM):
             self._adapters[key] = stored
         return self._adapters.get(key)
 
-    def _adapter(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
-        """The group's adapter, fitted and stored now if it is not there."""
+    def _adapter(self, group: _Group, fitted: FitResult | None) -> StoredAdapter:
+        """The group's adapter, stored now if it was fitted for this group."""
         assert group.key is not None
-        adapter, reused = self._stored(group.key), True
-        if adapter is None:
-            reused = False
-            adapter = self._adapters[group.key] = self._fit(group, progress, where)
+        if fitted is not None and group.key not in self._adapters:
+            self._keep(group, fitted)
+        adapter = self._adapters[group.key]
         record = adapter.record
         self._records[group.task] = {
             "adapter": str(adapter.path),
-            "reused": reused or any(r["adapter"] == str(adapter.path) for r in self._records.values()),
+            "reused": fitted is None,
             "train_sequences": record["train_sequences"],
             "train_tokens": record["train_tokens"],
             "losses": record["losses"],
@@ -341,8 +405,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         }
         return adapter
 
-    def _fit(self, group: _Group, progress: RunProgress, where: str) -> StoredAdapter:
-        assert group.key is not None
+    def _fit(self, group: _Group, progress: RunProgress, where: str) -> FitResult:
         config = self.ttt_config
         progress.say(f"{where}: fitting")
         trainer = shared_trainer(
@@ -353,16 +416,22 @@ class TTTVLLM(vllm_causallms.VLLM):
             dropout=config.lora_dropout,
             dtype=self._dtype,
             device=self._fit_device,
+            activation_bytes=self._memory.activations if self._memory else None,
         )
         work = FIT_COST * self._fit_tokens(group.sequences)
-        result = trainer.fit(
+        return trainer.fit(
             group.sequences,
             **self._fit_arguments(),
             on_step=lambda done, steps, loss: progress.advance(
                 work / steps, f"{where}: fitting, step {done}/{steps}, loss {loss:.3f}"
             ),
         )
-        return self.store.save(
+
+    def _keep(self, group: _Group, result: FitResult) -> None:
+        """Store the adapter that was fitted for `group`."""
+        assert group.key is not None
+        config = self.ttt_config
+        self._adapters[group.key] = self.store.save(
             group.key,
             result.weights,
             base_model=str(self.model_dir),
@@ -379,6 +448,7 @@ class TTTVLLM(vllm_causallms.VLLM):
                 "fit_seconds": round(result.seconds, 3),
             },
         )
+        result.weights.clear()  # stored; a run of many tasks would keep them all in memory
 
     def _serve_with(self, adapter: StoredAdapter | None, group: _Group) -> None:
         """Have the next requests answered with `adapter`, after a check that vLLM applies it."""
@@ -396,6 +466,34 @@ class TTTVLLM(vllm_causallms.VLLM):
                 self.ttt_config.lr,
                 self.ttt_config.epochs,
             )
+
+
+def _in_background(items: Iterable[tuple[Any, ...]], work: Callable[..., None]) -> None:
+    """Call `work` with each of `items`, one after the other, while the next ones are being made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="answers") as worker:
+        pending: list[Future[None]] = []
+        try:
+            for item in items:
+                for done in [future for future in pending if future.done()]:
+                    done.result()  # its error ends the run now, not after the last fit
+                    pending.remove(done)
+                pending.append(worker.submit(work, *item))
+            for future in pending:
+                future.result()
+        except BaseException:
+            worker.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _engine_share(plan: MemoryPlan, total: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's arguments under a memory plan; what the user asks for is left as it is."""
+    return {
+        "kv_cache_memory_bytes": plan.kv_cache,
+        **asked,
+        # vLLM only checks that this much is free when it starts; the cache's size is given.
+        "gpu_memory_utilization": plan.engine / total,
+        "enable_sleep_mode": plan.turns,
+    }
 
 
 def _characters(requests: Sequence[Instance], group: _Group) -> int:

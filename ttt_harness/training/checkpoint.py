@@ -16,7 +16,6 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable
 from torchtune.training import set_default_dtype
 
 from ttt_harness.errors import ModelError
-from ttt_harness.training.dropout import CPUDropout
 from ttt_harness.training.families import FAMILIES, ModelShape
 
 
@@ -98,8 +97,6 @@ def load_base_model(
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.to_empty(device=device)
-            if device == "cpu":
-                module.dropout = CPUDropout(dropout)
         rope_init = getattr(module, "rope_init", None)  # of torchtune's kinds of RoPE, which share no class
         if callable(rope_init):
             with torch.device(device):

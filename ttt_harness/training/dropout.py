@@ -1,53 +1,40 @@
-"""Dropout for a CPU: the masks of `torch.nn.Dropout` in distribution, at a fraction of its cost.
+"""Dropout whose mask is kept, for layers that compute their own gradient, with masks that are cheap on a CPU too.
 
-On a CPU `nn.Dropout` draws one random number for each element, one after the other, and LoRA drops out the input of
-every adapted projection: that is a fifth of a training step. Here each element takes 16 bits of a faster generator.
+On a CPU torch draws one random number for each element, one after the other, which costs more than the matmul that
+the dropped input goes into. There each element takes 16 bits of a faster generator instead.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _LEVELS = 1 << 16
 
 
-class CPUDropout(nn.Module):
-    """Zeroes each element with probability `p` and scales the others by 1 / (1 - p), in training mode only.
+def dropout_with_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p).
 
-    `p` is rounded to a multiple of 2**-16. The masks follow from torch's random state, so `torch.manual_seed` repeats
-    them.
+    The masks follow from torch's random state, so `torch.manual_seed` repeats them. On a CPU `p` is rounded to a
+    multiple of 2**-16.
+
+    Returns:
+        The result, and the mask of what is kept, a bool tensor of the same shape.
     """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self._dropped_levels = round(p * _LEVELS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop out elements of `x`, of any shape."""
-        if not self.training or not self._dropped_levels:
-            return x
-        return _Drop.apply(x, self._draw(x.shape), _LEVELS / (_LEVELS - self._dropped_levels))
-
-    def _draw(self, shape: torch.Size) -> Tensor:
-        """The mask of what is kept, a bool tensor of `shape`."""
-        count = shape.numel()
-        seed = int(torch.randint(1 << 62, ()))
-        bits = np.random.SFC64(seed).random_raw(count // 4 + 1).view(np.int16)[:count]
-        return (torch.from_numpy(bits) >= self._dropped_levels - _LEVELS // 2).view(shape)
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, p, True)
+    count = x.numel()
+    seed = int(torch.randint(1 << 62, ()))
+    bits = np.random.SFC64(seed).random_raw(count // 4 + 1).view(np.int16)[:count]
+    keep = (torch.from_numpy(bits) >= _dropped_levels(p) - _LEVELS // 2).view(x.shape)
+    return undo_dropout(x, keep, p), keep
 
 
-class _Drop(torch.autograd.Function):
-    """x * keep * scale; keeps only the mask, of one byte an element, for the gradient."""
+def undo_dropout(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The gradient of dropout's input, from that of its result and the mask; the shape is kept."""
+    if gradient.device.type != "cpu":
+        return torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - p))
+    return torch.where(mask, gradient, 0.0).mul_(_LEVELS / (_LEVELS - _dropped_levels(p)))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return torch.where(keep, x, 0.0).mul_(scale)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (keep,) = ctx.saved_tensors
-        return torch.where(keep, gradients[0], 0.0).mul_(ctx.scale), None, None
+def _dropped_levels(p: float) -> int:
+    return round(p * _LEVELS)

@@ -146,6 +146,27 @@ class ModelShape:
             query_scale=given.get("query_pre_attn_scalar"),
         )
 
+    @property
+    def base_parameters(self) -> int:
+        """Weights of the base model, without the norms'."""
+        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
+        embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_embeddings else 2)
+        return self.num_layers * (attention + 3 * self.embed_dim * self.mlp_dim) + embeddings
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of an adapter: of q, v and the output projection, and of the three of the MLP."""
+        q, kv = self.head_dim * self.num_heads, self.head_dim * self.num_kv_heads
+        widths = 2 * (self.embed_dim + q) + (self.embed_dim + kv) + 3 * (self.embed_dim + self.mlp_dim)
+        return self.num_layers * rank * widths
+
+    def activation_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """About what autograd keeps of one token in a fit, of the fused layers.
+
+        Of each layer some 11 tensors of the model's width (norms, q, k, v, dropped copies and masks) and 4 of the
+        MLP's.
+        """
+        return self.num_layers * (11 * self.embed_dim + 4 * self.mlp_dim) * dtype.itemsize
+
     def adapter_rank(self, rank: int) -> int:
         """The rank under which an adapter that was fitted with `rank` is written."""
         return FAMILIES[self.architecture].rank_factor * rank

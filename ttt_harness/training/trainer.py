@@ -6,6 +6,8 @@ micro-batches that add up to the same gradient.
 """
 
 import functools
+import gc
+import logging
 import math
 import random
 import time
@@ -23,12 +25,16 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from ttt_harness.data.sequences import TrainingSequence
+from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
+from ttt_harness.training.fused import fuse
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
 # Activations may take as much memory as the base weights, and this much (bytes) in any case.
 ACTIVATION_BYTES = 768 * 2**20
+
+_log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, float], None]
 
@@ -56,14 +62,20 @@ class Trainer:
         dropout: float,
         dtype: torch.dtype,
         device: str,
+        activation_bytes: int | None = None,
     ) -> None:
+        """Load the model. `activation_bytes`: what autograd may keep at a time; None takes a share of the weights."""
         self.shape = shape
         self.device = device
         self.model = load_base_model(
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
+        fuse(self.model)
         self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
-        self.max_tokens = _tokens_at_once(self.model, shape, dtype)
+        if activation_bytes is None:
+            activation_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+            activation_bytes += ACTIVATION_BYTES
+        self.max_tokens = max(1, activation_bytes // shape.activation_bytes_per_token(dtype))
 
     def fit(
         self,
@@ -92,13 +104,13 @@ class Trainer:
             torch.manual_seed(seed)
             self._reset()
             batches = list(_batches(sequences, batch_size=batch_size, epochs=epochs, seed=seed))
-            optimizer = torch.optim.AdamW(self.adapter.values(), lr=lr, weight_decay=WEIGHT_DECAY)
+            optimizer = torch.optim.AdamW(self.adapter.values(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
             schedule = get_cosine_schedule_with_warmup(
                 optimizer, num_warmup_steps=math.floor(warmup_ratio * len(batches)), num_training_steps=len(batches)
             )
             losses: list[float] = []
             for batch in batches:
-                losses.append(self._backward(batch))
+                losses.append(self._backward_within_memory(batch))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
@@ -119,6 +131,28 @@ class Trainer:
             if isinstance(module, LoRALinear):
                 module.initialize_parameters()
 
+    def _backward_within_memory(self, batch: Sequence[TrainingSequence]) -> float:
+        """As `_backward`; where the memory does not suffice, again with micro-batches half as large.
+
+        Raises:
+            ModelError: a single sequence does not fit, although its layers are recomputed.
+        """
+        while True:
+            try:
+                return self._backward(batch)
+            except torch.OutOfMemoryError:
+                longest = max(len(sequence.tokens) for sequence in batch)
+                if self.max_tokens < longest:
+                    raise ModelError(
+                        f"a training sequence of {longest} tokens does not fit in the GPU's memory; use a smaller k, "
+                        "or a GPU with more memory."
+                    ) from None
+            for parameter in self.adapter.values():
+                parameter.grad = None  # what the part of the batch before it has left
+            self.max_tokens //= 2
+            torch.cuda.empty_cache()
+            _log.warning("The GPU's memory is full; fitting goes on with %d tokens at a time.", self.max_tokens)
+
     def _backward(self, batch: Sequence[TrainingSequence]) -> float:
         """Add up the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
         labels = sum(sum(sequence.labelled) for sequence in batch)
@@ -138,12 +172,12 @@ def shared_trainer(model_dir: Path, shape: ModelShape, **settings: Any) -> Train
     return Trainer(model_dir, shape, **settings)
 
 
-def _tokens_at_once(model: TransformerDecoder, shape: ModelShape, dtype: torch.dtype) -> int:
-    """How many tokens may pass through the model at once, from what autograd keeps of each."""
-    base_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    # Of each layer: some 14 tensors of the model's width (norms, q, k, v, copies with dropout) and 6 of the MLP's.
-    bytes_per_token = shape.num_layers * (14 * shape.embed_dim + 6 * shape.mlp_dim) * dtype.itemsize
-    return max(1, (base_bytes + ACTIVATION_BYTES) // bytes_per_token)
+def release_trainer() -> None:
+    """Drop this process's trainer and the memory that it holds."""
+    shared_trainer.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:

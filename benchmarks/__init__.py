@@ -1,0 +1,1 @@
+"""Measures this project beside the pipeline that it reimplements; `python -m benchmarks --help`, or `make bench`."""

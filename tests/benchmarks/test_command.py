@@ -1,0 +1,66 @@
+"""The command line: bad input is one sentence; marked integration, both pipelines on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "procedural_ttt_boolean_expressions"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (["compare", "--limit", "0"], "--limit 0 is not allowed"),
+        (["compare", "--runs", "0"], "--runs 0 is not allowed"),
+        (["compare", "--stage-limit", "0"], "--stage-limit 0.0 is not allowed"),
+        (["compare", "--permutations", "7"], "use a multiple of 5"),
+        (["compare", "--stages", "orignal"], "Did you mean 'original'?"),
+        (["compare", "--stages", "adapter"], "add ours"),
+        (["compare", "--serve-sample", "-1"], "--serve-sample -1 is not allowed"),
+        (["compare", "--k", "0"], "k=0 is not allowed"),
+        (["compare", "--model", "/nowhere/model"], "there is no such directory"),
+        (["compare", "--generation-budget", "short"], "one of full, published"),
+        (["compare", "--tasks", "bbh_ttt_navigat"], "Did you mean 'bbh_ttt_navigate'?"),
+        (["growth", "--limit", "-1"], "--limit -1 is not allowed"),
+        (["checkpoint", "/", "--geometry", "tiny"], "exists already"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, telling, tiny_model, capsys):
+    options = [] if "--model" in arguments or arguments[0] == "checkpoint" else ["--model", str(tiny_model)]
+    options += ["--tokenizer", str(tiny_model)] if arguments[0] == "checkpoint" else []
+    assert main([*arguments, *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ")
+    assert telling in error[-1]
+
+
+@pytest.mark.integration
+def test_both_pipelines_do_the_same_work(tiny_model, tmp_path):
+    output, work = tmp_path / "cpu.json", tmp_path / "work"
+    command = [
+        *(sys.executable, "-m", "benchmarks", "compare", "--model", str(tiny_model), "--tasks", TASK),
+        *("--k", "3", "--permutations", "5", "--limit", "4", "--max-model-len", "1024"),
+        *("--stages", "ours,original", "--output", str(output), "--work", str(work)),
+    ]
+    # the engine in the same process, which starts sooner
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TTT_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "% of peak" in done.stdout
+    content = json.loads(output.read_text())
+    stages = content["runs"][0]["stages"]
+    ours, fit, served = stages["ours"], stages["original_fits"][TASK], stages["original_serve"]
+    assert ours["tasks"][TASK]["train_tokens"] == fit["train_tokens"]
+    assert ours["tasks"][TASK]["prompt_tokens"] == served["tasks"][TASK]["prompt_tokens"]
+    assert ours["tasks"][TASK]["fit_flops"] == fit["fit_flops"] > 0
+    assert 0 < fit["loop_seconds"] < fit["seconds"]
+    assert content["ratio_total"] == pytest.approx((fit["seconds"] + served["seconds"]) / ours["seconds"])
+    assert content["ratio_total_same_kernels"] > 0
+    assert not list((work / "run1" / "original" / TASK / "out").glob("epoch_0/model*"))  # the adapter, no base weights

@@ -1,0 +1,85 @@
+"""The fused layers compute what torchtune's own layers compute: outputs and gradients."""
+
+import copy
+
+import pytest
+import torch
+from torchtune.models.llama3_1 import lora_llama3_1
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from ttt_harness.training.dropout import dropout_with_mask
+from ttt_harness.training.fused import FusedAttention, FusedFeedForward, fuse, project
+
+
+def decoder(**overrides):
+    settings = {
+        "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
+        "apply_lora_to_mlp": True,
+        "vocab_size": 50,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "embed_dim": 32,
+        "intermediate_dim": 48,
+        "max_seq_len": 64,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = lora_llama3_1(**{**settings, **overrides})
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                torch.nn.init.normal_(parameter)  # zero at the start, and so would be the gradients of lora_a
+    set_trainable_params(model, get_adapter_params(model))
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["q_proj", "v_proj", "output_proj"], ["q_proj", "k_proj", "v_proj", "output_proj"], ["k_proj"]],
+    ids=["published", "all", "one"],
+)
+def test_outputs_and_gradients_are_those_of_torchtunes_layers(modules):
+    plain = decoder(lora_attn_modules=modules).double()
+    quick = copy.deepcopy(plain)
+    fuse(quick)
+    assert {FusedAttention, FusedFeedForward} <= {type(module) for module in quick.modules()}
+    tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
+    expected, got = plain(tokens), quick(tokens)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # norms and rotations are in float32
+    for out in (expected, got):
+        out.logsumexp(-1).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    assert gradients
+    for name, parameter in quick.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+        else:
+            assert parameter.grad is None, name
+
+
+def test_with_dropout_the_update_sees_the_dropped_input_and_the_base_does_not():
+    model = decoder(lora_dropout=0.5).double()
+    layer = model.layers[0].mlp
+    x = torch.randn(7, 32, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    outs = project(x, [layer.w1, layer.w3], training=True)
+    torch.manual_seed(3)
+    _, kept = dropout_with_mask(x, 0.5)  # one mask for both projections
+    for out, linear in zip(outs, (layer.w1, layer.w3), strict=True):
+        update = (x * kept * 2) @ linear.lora_a.weight.T @ linear.lora_b.weight.T * (8 / 4)
+        torch.testing.assert_close(out, x @ linear.weight.T + update)
+        parameters = (x, linear.lora_a.weight, linear.lora_b.weight)
+        gradients = torch.autograd.grad(out.square().sum(), parameters, retain_graph=True)
+        plain = torch.autograd.grad((x @ linear.weight.T + update).square().sum(), parameters, retain_graph=True)
+        for gradient, other in zip(gradients, plain, strict=True):
+            torch.testing.assert_close(gradient, other)
+
+
+def test_nothing_is_dropped_in_evaluation():
+    model = decoder(lora_dropout=0.5).eval()
+    fuse(model)
+    tokens = torch.arange(10)[None]
+    assert torch.equal(model(tokens), model(tokens))

@@ -1,0 +1,203 @@
+"""torchtune's decoder layers, computed in fewer passes over memory.
+
+torchtune computes every adapted projection on its own: it copies the input with dropout, multiplies twice by small
+matrices, scales, and adds, and autograd does the same again backwards. `fuse` gives the layers of a decoder another
+`forward`, in which projections of one input (q, k and v; gate and up) share one dropout mask and one product with
+their stacked A matrices, and the update is added by the matmul that computes it. Norms and rotary embeddings get a
+shorter forward too. Parameters and their names stay.
+
+The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
+of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerDecoder,
+)
+from torchtune.modules.peft import LoRALinear
+
+from ttt_harness.training.dropout import dropout_with_mask, undo_dropout
+
+
+def fuse(model: TransformerDecoder) -> None:
+    """Give the layers of `model` the forward of this module; variants of them (a family's own) are left as they are."""
+    for module in model.modules():
+        if fused := _FUSED.get(type(module)):
+            module.__class__ = fused
+
+
+class FusedRMSNorm(RMSNorm):
+    """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467), in float32, with frozen scales."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of `x`."""
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, self.scale, self.eps)
+        return functional.rms_norm(x, self.normalized_shape, self.scale.to(x.dtype), self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number for each token; torch's has a fused kernel on a GPU only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, inverse)
+        return (wide * inverse).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, scale, inverse = ctx.saved_tensors
+        gradient, wide = gradients[0].float() * scale, x.float()
+        along = (gradient * wide).mean(-1, keepdim=True).mul_(inverse**3)
+        return gradient.mul_(inverse).sub_(wide * along).to(x.dtype), None, None
+
+
+def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
+    """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle, as complex numbers."""
+    turns = torch.view_as_complex(self.cache[: x.shape[1]]).unsqueeze(1)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class FusedRoPE(RotaryPositionalEmbeddings):
+    """Rotary position embeddings (Su et al., arXiv 2104.09864) from torchtune's table of cosines and sines."""
+
+    forward = _rotate
+
+
+class FusedScaledRoPE(Llama3ScaledRoPE):
+    """The same with the frequencies of Llama 3.1."""
+
+    forward = _rotate
+
+
+class FusedAttention(MultiHeadAttention):
+    """Causal self-attention of torchtune's, without a cache, in training and for whole sequences."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attend from each position of `x`, shape [batch, tokens, width], to it and those before."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (out.view(heads) for out in project(x, [self.q_proj, self.k_proj, self.v_proj], self.training))
+        if self.pos_embeddings is not None:
+            q, k = self.pos_embeddings(q), self.pos_embeddings(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        (out,) = project(out.transpose(1, 2).flatten(2), [self.output_proj], self.training)
+        return out
+
+
+class FusedFeedForward(FeedForward):
+    """torchtune's MLP, gated or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to `x`, shape [..., width]."""
+        if self.w3 is None:
+            (hidden,) = project(x, [self.w1], self.training)
+            hidden = self.activation(hidden)
+        else:
+            gate, up = project(x, [self.w1, self.w3], self.training)
+            hidden = self.activation(gate) * up
+        (out,) = project(hidden, [self.w2], self.training)
+        return out
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    MultiHeadAttention: FusedAttention,
+    FeedForward: FusedFeedForward,
+    RMSNorm: FusedRMSNorm,
+    RotaryPositionalEmbeddings: FusedRoPE,
+    Llama3ScaledRoPE: FusedScaledRoPE,
+}
+
+
+def project(x: Tensor, layers: Sequence[nn.Module], training: bool) -> tuple[Tensor, ...]:
+    """Apply linear layers, some of them with LoRA, to one input.
+
+    Args:
+        x: [..., in].
+        layers: `torch.nn.Linear` with frozen weights, or torchtune's `LoRALinear`; those with LoRA have one rank,
+            alpha and dropout.
+        training: whether to drop out.
+
+    Returns:
+        For each layer its output, [..., out].
+    """
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if not adapted:
+        return tuple(layer(x) for layer in layers)
+    lora = adapted[0]
+    p = getattr(lora.dropout, "p", 0.0) if training else 0.0
+    frozen = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    trained = [tensor for layer in adapted for tensor in (layer.lora_a.weight, layer.lora_b.weight)]
+    outs = _Project.apply(
+        x.reshape(-1, x.shape[-1]),
+        p,
+        lora.alpha / lora.rank,
+        tuple(isinstance(layer, LoRALinear) for layer in layers),
+        *frozen,
+        *trained,
+    )
+    return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+
+class _Project(torch.autograd.Function):
+    """Linear layers with LoRA on one input [tokens, in]; gradients for the input and the LoRA weights only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, p: float, scale: float, adapted: tuple[bool, ...], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        frozen, trained = weights[: 2 * len(adapted)], weights[2 * len(adapted) :]
+        a, b = torch.cat(trained[0::2]), trained[1::2]  # type: ignore[arg-type]
+        dropped, mask = dropout_with_mask(x, p) if p else (x, None)
+        low = (dropped @ a.T).view(len(x), len(b), -1)  # [tokens, adapted layers, rank]
+        outs, index = [], 0
+        for has_lora, weight, bias in zip(adapted, frozen[0::2], frozen[1::2], strict=True):
+            out = functional.linear(x, weight, bias)  # type: ignore[arg-type]
+            if has_lora:
+                out.addmm_(low[:, index], b[index].T, alpha=scale)  # type: ignore[union-attr]
+                index += 1
+            outs.append(out)
+        ctx.save_for_backward(dropped, mask, low, a, *frozen[0::2], *b)
+        ctx.p, ctx.scale, ctx.adapted = p, scale, adapted
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, mask, low, a, *rest = ctx.saved_tensors
+        weights, b = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
+        dx: Tensor | None = None
+        d_low: list[Tensor] = []
+        d_b: list[Tensor] = []
+        for has_lora, gradient, weight in zip(ctx.adapted, gradients, weights, strict=True):
+            gradient = gradient.contiguous()
+            dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
+            if has_lora:
+                index = len(d_b)
+                d_low.append(gradient @ b[index])
+                d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
+        flat = torch.cat(d_low, 1).mul_(ctx.scale)
+        d_a = (flat.T @ dropped).chunk(len(b))
+        assert dx is not None
+        if mask is None:
+            dx.addmm_(flat, a)
+        else:
+            dx.add_(undo_dropout(flat @ a, mask, ctx.p))
+        trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
+        return dx, None, None, None, *([None] * 2 * len(ctx.adapted)), *trained
