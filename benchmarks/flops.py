@@ -9,7 +9,7 @@ operations. Norms, softmax, RoPE and the optimiser are left out: they are far be
 from collections.abc import Iterable, Sequence
 
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.training.checkpoint import LORA_ATTENTION_MODULES, ModelShape
+from ttt_harness.training.families import LORA_ATTENTION_MODULES, ModelShape
 
 # Which of the projections of `projections` carry a LoRA update.
 ADAPTED = (*LORA_ATTENTION_MODULES, "gate", "up", "down")

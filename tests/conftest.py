@@ -15,15 +15,13 @@ CORPUS = [
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a random Llama of two layers; keyword arguments override its config."""
+def save_tokenizer() -> Callable[[Path], None]:
+    """Writes the tokenizer of the tiny models, of 320 tokens, to a folder."""
 
-    def make(**overrides: object) -> Path:
-        import torch
+    def save(folder: Path) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
-        folder = tmp_path_factory.mktemp("model")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -37,6 +35,20 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
         ).save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callable[[Path], None]) -> Callable[..., Path]:
+    """Makes a random Llama of two layers; keyword arguments override its config."""
+
+    def make(**overrides: object) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        folder = tmp_path_factory.mktemp("model")
+        save_tokenizer(folder)
         settings = {
             "vocab_size": 320,
             "hidden_size": 128,
@@ -65,18 +77,3 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_model(make_model: Callable[..., Path]) -> Path:
     """A random Llama whose embeddings are not tied."""
     return make_model()
-
-
-@pytest.fixture(scope="session")
-def tied_model(make_model: Callable[..., Path]) -> Path:
-    """A random Llama with tied embeddings and Llama 3's scaled RoPE."""
-    return make_model(
-        tie_word_embeddings=True,
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    )

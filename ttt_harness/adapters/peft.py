@@ -1,7 +1,7 @@
 """PEFT directories: the layout in which transformers + peft, and vLLM, read a LoRA adapter.
 
 Tensors come and go under PEFT's own names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`); turning
-a trainer's names into those is the business of `ttt_harness.training.checkpoint`.
+a trainer's names into those is the business of `ttt_harness.training.families`.
 """
 
 import json
@@ -23,21 +23,23 @@ def write_adapter(
 
     Args:
         folder: an empty directory.
-        weights: PEFT name -> tensor; `lora_A` of shape [rank, in], `lora_B` of shape [out, rank].
+        weights: PEFT name -> tensor; `lora_A` of shape [width, in], `lora_B` of shape [out, width], of one width.
         base_model: name or path of the model that the adapter belongs to.
-        rank: width of the low-rank product.
+        rank: the rank of the fit. The width is larger where the base model fuses projections that were fitted each
+            with its own matrices; the file then states the width as its rank, and the same alpha / rank.
         alpha: the update is scaled by alpha / rank.
         dropout: the dropout that the fit used; it has no effect on inference.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
+    width = next(tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": width,
+        "lora_alpha": alpha * width / rank,
         "lora_dropout": dropout,
         "target_modules": sorted({name.split(".")[-3] for name in weights}),
         "bias": "none",

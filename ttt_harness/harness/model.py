@@ -105,7 +105,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         engine_args.pop("data_parallel_size", None)  # each worker has an engine of its own
         if self._fits:
             engine_args["enable_lora"] = True
-            engine_args["max_lora_rank"] = _max_lora_rank(config, model_args.get("max_lora_rank"))
+            engine_args["max_lora_rank"] = _max_lora_rank(config, self._shape, model_args.get("max_lora_rank"))
         self._memory: MemoryPlan | None = None
         # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
         if engine_args.get("enable_lora") and self.fit_device == "cuda" and workers == 1:
@@ -576,12 +576,18 @@ def _refuse_unknown(model_args: dict[str, Any]) -> None:
             )
 
 
-def _max_lora_rank(config: TTTConfig, asked: Any) -> int:
-    """The rank that vLLM reserves: the smallest that holds `lora_rank`, or what the user asks for."""
+def _max_lora_rank(config: TTTConfig, shape: ModelShape, asked: Any) -> int:
+    """The rank that vLLM reserves: the smallest that holds the adapters as they are written, or what the user asks."""
+    written = shape.adapter_rank(config.lora_rank)
+    allowed = [rank for rank in VLLM_LORA_RANKS if rank >= written]
+    if not allowed:
+        raise ConfigError(
+            f"lora_rank={config.lora_rank} is not allowed for {shape.architecture}: its adapters are written with rank "
+            f"{written}, and vLLM takes at most {VLLM_LORA_RANKS[-1]}; use a smaller one."
+        )
     if asked is None:
-        return config.max_lora_rank
-    if asked not in VLLM_LORA_RANKS or asked < config.lora_rank:
-        allowed = [rank for rank in VLLM_LORA_RANKS if rank >= config.lora_rank]
+        return allowed[0]
+    if asked not in allowed:
         raise ConfigError(
             f"max_lora_rank={asked!r} is not allowed: vLLM takes one of {', '.join(map(str, allowed))} "
             f"for lora_rank={config.lora_rank}."

@@ -1,0 +1,141 @@
+"""One tiny checkpoint of random weights for each model family, with the `config.json` that its models have on the hub.
+
+The sizes are small, and each number that a family has of its own is far from neutral (windows shorter than the tests'
+sequences, caps below the scores, norms and biases that are not 1 and 0), so that ignoring one shows in the logits.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.1,
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "torch_dtype": "bfloat16",
+}
+_LLAMA = {
+    **_SIZES,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+_LLAMA_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+_QWEN2 = {
+    **_SIZES,
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "max_window_layers": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 16,
+    "use_sliding_window": False,
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "llama2": {
+        **{key: value for key, value in _LLAMA.items() if key != "rope_theta"},
+        "num_key_value_heads": 4,
+    },
+    "llama3": _LLAMA,
+    "llama3.1": {**_LLAMA, "rope_scaling": {"factor": 8.0, **_LLAMA_ROPE}, "mlp_bias": False},
+    "llama3.2": {
+        **_LLAMA,
+        "head_dim": 32,
+        "rope_scaling": {"factor": 32.0, **_LLAMA_ROPE},
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "smollm2": {**_LLAMA, "rope_interleaved": False, "rope_theta": 100000, "tie_word_embeddings": True},
+    "mistral": {
+        **_SIZES,
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 16,
+        "tie_word_embeddings": False,
+    },
+    "qwen2": {**_QWEN2, "tie_word_embeddings": False},
+    "qwen2.5": {**_QWEN2, "tie_word_embeddings": True},
+    "gemma": {
+        **_SIZES,
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "hidden_act": "gelu",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    },
+    "gemma2": {
+        **_SIZES,
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attention_bias": False,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "cache_implementation": "hybrid",
+        "head_dim": 64,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 16,
+    },
+    "phi3": {
+        **_SIZES,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "embd_pdrop": 0.0,
+        "hidden_act": "silu",
+        "original_max_position_embeddings": 2048,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 16,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+}
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Write `config` and random weights of the model that it describes to the existing `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))  # as on the hub, not as this version saves it
