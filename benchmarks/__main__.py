@@ -57,11 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--serve-sample",
         type=int,
-        default=5,
+        default=3,
         metavar="N",
-        help="on a CPU, questions of each task that vLLM's own LoRA kernels answer, scaled to all; 0: all (default: 5)",
+        help="on a CPU, questions of each task that vLLM's own LoRA kernels answer, scaled to all; 0: all (default: 3)",
     )
-    compare.add_argument("--stages", metavar="NAMES", help="some of ours,original,adapter,prefix,memory (default: all)")
+    compare.add_argument(
+        "--stages", metavar="NAMES", help="some of ours,original,same_kernels,adapter,prefix,memory (default: all)"
+    )
     compare.set_defaults(run=_compare)
 
     growth = commands.add_parser("growth", help="doubles tasks, k and permutations in turn")

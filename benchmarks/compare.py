@@ -21,9 +21,10 @@ from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError
 from ttt_harness.training.checkpoint import ModelShape, read_config
 
-# In the order in which they run. `prefix` is left out on a CPU unless it is asked for.
-STAGES = ("ours", "original", "adapter", "prefix", "memory")
-NEED_OURS = ("adapter", "prefix")
+# In the order in which they run. `same_kernels` is for a CPU only; `prefix` is left out there unless it is asked for.
+STAGES = ("ours", "original", "same_kernels", "adapter", "prefix", "memory")
+# Stages that use what another one made.
+NEEDS = {"same_kernels": "original", "adapter": "ours", "prefix": "ours"}
 # Generation with an adapter and without is compared over this many passes of each.
 PASSES = 3
 
@@ -58,9 +59,9 @@ class Settings:
                 raise ConfigError(
                     f"--stages {stage} is not known: use some of {', '.join(STAGES)}.{nearest(stage, STAGES)}"
                 )
-        for stage in NEED_OURS:
-            if stage in (self.stages or ()) and "ours" not in (self.stages or ()):
-                raise ConfigError(f"--stages {stage} needs the adapters of the stage ours: add ours.")
+        for stage, needed in NEEDS.items():
+            if stage in (self.stages or ()) and needed not in (self.stages or ()):
+                raise ConfigError(f"--stages {stage} needs the adapters of the stage {needed}: add {needed}.")
         if self.limit < 1:
             raise ConfigError(f"--limit {self.limit} is not allowed: it must be a whole number of at least 1.")
         if self.serve_sample < 0:
@@ -200,7 +201,7 @@ class Benchmark:
             return
         name = "original_serve"
         record.stage(name, "original pipeline: serving", self._original_serve, folder, name, fits, False)
-        if self.device == "cpu":
+        if self.device == "cpu" and "same_kernels" in self.stages:
             name, what = f"{name}_same_kernels", "original pipeline: serving with this project's LoRA kernels"
             record.stage(name, what, self._original_serve, folder, name, fits, True)
 

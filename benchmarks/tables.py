@@ -130,6 +130,9 @@ def _print_memory(console: Console, stages: Mapping[str, Any]) -> None:
 
 def print_growth(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """How seconds grow with tokens as one thing is doubled."""
+    if not rows:
+        console.print("No doubling was measured: the base or its doublings failed.")
+        return
     table = Table("doubled", "stage", box=box.SIMPLE)
     for heading in ("tokens", "x", "seconds", "x", "exponent"):
         table.add_column(heading, justify="right")
