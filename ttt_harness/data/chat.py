@@ -7,6 +7,7 @@ their places; the result has to be what the template makes of the answers themse
 """
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 
 from ttt_harness.data.support import AnnotatedText, Demonstration, Render, SupportSet
@@ -82,8 +83,9 @@ def _end_of_turn(support: SupportSet, last: Demonstration, render: Render) -> st
     turns = [*_system(support, last), _turn("user", last.turn), _turn("assistant", reply)]
     ends = render(turns, False).partition(reply)[2]
     goes_on = render([*turns, _turn("user", _NEXT)], True).partition(reply)[2]
-    same = zip(ends, goes_on, strict=False)
-    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ends, goes_on, strict=False))
+    # Not the beginning of a marker: "<|endoftext|>" at the end and "<|user|>" where it goes on have "<|" in common.
+    return re.sub(r"[<\[{][^>\]}]*$", "", "".join(character for character, _ in same))
 
 
 def _system(support: SupportSet, last: Demonstration) -> list[dict[str, str]]:
