@@ -82,7 +82,13 @@ class TTTTask(ConfigurableTask):
             config["generation_kwargs"] = self._published_budget(config, metadata)
         self._rendered: dict[tuple[str, int], Any] = {}
         try:
-            super().__init__(data_dir, cache_dir, download_mode, config)
+            try:
+                super().__init__(data_dir, cache_dir, download_mode, config)
+            except IndexError:  # of the first example, which the base class tries
+                raise DataError(
+                    f"{self.where}: the first example that is evaluated has a label that is the number of no choice; "
+                    "correct doc_to_target or doc_to_choice."
+                ) from None
             self.sampler = DrawnSampler(self._demonstrations)
             self._support = self._read_demonstrations()
             self._refuse_overlap()
