@@ -48,7 +48,9 @@ def test_the_worked_example_works(tiny_model, tmp_path, monkeypatch, capfd):
     read = _index.TaskIndex._iter_yaml_files
     own = staticmethod(lambda root: read(root) if root.name == "my_tasks" else [])
     monkeypatch.setattr(_index.TaskIndex, "_iter_yaml_files", own)
-    small = f"pretrained={tiny_model},lora_rank=8,lr=1e-2,num_permutations=4,dtype=float32"
+    # The engine of the other tests, so that it is not started again for each command.
+    small = f"pretrained={tiny_model},enable_lora=True,max_lora_rank=8,max_model_len=2048,dtype=float32"
+    small += ",lora_rank=8,lr=1e-2,num_permutations=4"
     *runs, compare = block("", "lm_eval validate").splitlines()
     for command in runs:
         monkeypatch.setattr(sys, "argv", shlex.split(command.replace("pretrained=embedded", small)))
