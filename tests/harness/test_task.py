@@ -252,6 +252,7 @@ KINDS = "output_type: multiple_choice\ndoc_to_choice: [x, y]\n"
         (HEAD + TEST + "fewshot_config: {samples: []}\n", {}, ["fewshot_config.samples", "list at least one"]),
         (HEAD + TEST + "fewshot_config: {sampler: balanced}\n", {}, ["'balanced'", "default, first_n"]),
         (HEAD.replace("target: a", "target: ''") + TEST, {}, ["no targets"]),
+        (HEAD.replace("target: a", "target: 0") + TEST, {}, ["no targets"]),
         (HEAD.replace("target: a", "target: '{{\" \"}}'") + TEST, {}, ["demonstration 1", "no answer to fit on"]),
         (HEAD.replace("{{q}}", "{{question}}") + TEST, {}, ["'question' is undefined", "columns are q, a"]),
         (HEAD + TEST + "output_type: loglikelihood_rolling\n", {}, ["whole texts", "method=icl"]),

@@ -63,7 +63,10 @@ def check(config: Mapping[str, Any]) -> None:
     prompted = config.get("use_prompt") is not None
     if config.get("doc_to_text") is None and not prompted:
         raise ConfigError(f'{task} has no doc_to_text; add it, e.g. doc_to_text: "Q: {{{{question}}}}\\nA:".')
-    if config.get("doc_to_target") in (None, "") and not prompted:
+    target = config.get("doc_to_target")
+    # A number without choices is how lm-eval's tasks say that there is no right answer to compare with (ifeval).
+    constant = isinstance(target, int) and config.get("doc_to_choice") is None
+    if (target in (None, "") or constant) and not prompted:
         raise ConfigError(
             f"{task} has no targets to fit on and to score with; add doc_to_target, e.g. the name of the column that "
             "holds the right answer."
