@@ -1,10 +1,12 @@
 """Tiny models in the hub's layout, made with random weights, and the tokenizer that they share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -77,3 +79,28 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: Callabl
 def tiny_model(make_model: Callable[..., Path]) -> Path:
     """A random Llama whose embeddings are not tied."""
     return make_model()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Writes a data set in the hub's layout where `datasets` takes it for the one on the hub: below the working folder.
+
+    Its arguments are the data set's name, and for each subset the rows of each split.
+    """
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(name: str, subsets: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+        configs = []
+        for subset, splits in subsets.items():
+            for split, rows in splits.items():
+                path = tmp_path / name / subset / f"{split}-00000-of-00001.parquet"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                datasets.Dataset.from_list(list(rows)).to_parquet(path)
+            files = [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]
+            configs.append({"config_name": subset, "data_files": files})
+        (tmp_path / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+    return write

@@ -26,6 +26,7 @@ def test_the_published_hyperparameters_are_the_defaults():
         "seed": 42,
         "k": 10,
         "adapter_dir": None,
+        "on_plain_task": "error",
     }
     assert dataclasses.asdict(TaskSettings()) == {
         "k": 10,
@@ -33,6 +34,7 @@ def test_the_published_hyperparameters_are_the_defaults():
         "vote_permutations": 1,
         "leave_one_out": False,
         "generation_budget": "full",
+        "overlap": "refuse",
     }
 
 
@@ -67,6 +69,7 @@ def test_values_of_the_command_line_are_read_without_loss():
         (TTTConfig, "lora_alpha", 0),
         (TTTConfig, "lora_alpha", float("inf")),
         (TTTConfig, "lora_dropout", 1),
+        (TTTConfig, "on_plain_task", "skip"),
         (TTTConfig, "seed", -1),
         (TTTConfig, "seed", True),
         (TTTConfig, "k", "ten"),
@@ -79,6 +82,7 @@ def test_values_of_the_command_line_are_read_without_loss():
         (TaskSettings, "vote_permutations", 10**6),
         (TaskSettings, "leave_one_out", "maybe"),
         (TaskSettings, "generation_budget", "large"),
+        (TaskSettings, "overlap", "ignore"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_the_rule(settings, name, value):

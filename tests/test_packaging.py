@@ -150,4 +150,5 @@ def test_command_line_finds_tasks(wheel: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path)
     environment.create()
     environment.pip("install", *PIP_OPTIONS, str(wheel))
-    assert "All tasks found and valid" in environment.python("-m", "lm_eval", "validate", "--tasks", "bbh_ttt")
+    tasks = "bbh_ttt,procedural_ttt,leaderboard_bbh_ttt,mmlu_ttt,mmlu_ttt_anatomy,arc_challenge_ttt,gsm8k_ttt"
+    assert "All tasks found and valid" in environment.python("-m", "lm_eval", "validate", "--tasks", tasks)

