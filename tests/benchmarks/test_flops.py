@@ -23,6 +23,7 @@ SHAPE = ModelShape(
     rope_base=10000,
     rope_scale=1,
     tied_embeddings=False,
+    windows=(None, None),
 )
 
 
