@@ -2,7 +2,7 @@
 
 `FAMILIES` decides: one row for each architecture, by the name that a checkpoint's `config.json` gives. A row is right
 when the trained logits are those of transformers + peft and of vLLM, which tests/training/test_families.py and
-tests/integration/test_families.py ask of each family on the CPU:
+tests/integration/test_served_families.py ask of each family on the CPU:
 
 | family                               | architecture       | of its own                                               |
 |--------------------------------------|--------------------|----------------------------------------------------------|
