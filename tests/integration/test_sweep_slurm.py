@@ -134,8 +134,13 @@ def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model
     call("scontrol", "requeue", job)
 
     # another, asked to make room as before a time limit, queues itself again
-    partial = wait_for(lambda: [path for path in out.glob("ttt/*.partial") if path.stem not in name], 240)[0]
-    second = states()[f"ttt, seed {partial.stem.removeprefix('seed')}"].split()[2].rstrip(";")
+    def running_elsewhere():
+        cells = {path: f"ttt, seed {path.stem.removeprefix('seed')}" for path in out.glob("ttt/*.partial")}
+        now = states()
+        return [(path, now[cell]) for path, cell in cells.items() if cell != name and "running job " in now[cell]]
+
+    partial, state = wait_for(running_elsewhere, 240)[0]
+    second = state.split()[2].rstrip(";")
     call("scancel", "--signal=USR2", second)
     log = out / "ttt" / f"{partial.stem}.log"
 

@@ -602,7 +602,7 @@ def _engine_share(plan: MemoryPlan, total: int, asked: Mapping[str, Any]) -> dic
 def _workers(given: Any) -> int:
     """How many workers `data_parallel_size` asks for."""
     try:
-        workers = int(given or 1)
+        workers = 1 if given is None else int(given)
     except (TypeError, ValueError):
         workers = 0
     if workers < 1:

@@ -243,7 +243,8 @@ def load_tasks(cell: Cell) -> dict[str, Any]:
     Raises:
         TTTError: a task is unknown or has no data.
     """
-    config = _lm_eval_config(cell.call)
+    # lm-eval wants a folder where samples are to be logged; nothing is written here.
+    config = _lm_eval_config({**cell.call, "output_path": "."})
     try:
         manager = config.process_tasks(config.metadata)
     except ValueError as error:
