@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="Ray is not installed (pip install 'ttt-harnes
 pytestmark = pytest.mark.integration
 
 TASKS = ["procedural_ttt_boolean_expressions", "procedural_ttt_word_sorting", "procedural_ttt_navigate"]
-FIT = {"k": 3, "num_permutations": 30, "lora_rank": 8, "lr": 1e-2, "epochs": 1}
+FIT = {"k": 3, "num_permutations": 150, "lora_rank": 8, "lr": 1e-2, "epochs": 1}
 ENGINE = {"enable_lora": True, "max_lora_rank": 8, "max_model_len": 2048, "dtype": "float32"}
 LIMIT = 20  # enough for two workers to share
 
@@ -44,7 +44,7 @@ class Killer(threading.Thread):
     def run(self):
         while self.methods and not self.over.is_set():
             for process in actors(self.methods[0])[:1]:
-                time.sleep(0.2)  # into it
+                time.sleep(0.05)  # into it
                 process.kill()
                 self.killed.append(self.methods.pop(0))
             time.sleep(0.02)
@@ -147,7 +147,7 @@ def test_what_kills_every_worker_ends_the_run(evaluate, tmp_path):
     from ttt_harness.errors import ClusterError
 
     with Killer(["fit"] * 9), pytest.raises(ClusterError, match=r"the fit of \S+ ended 3 workers") as error:
-        evaluate(tmp_path, 2, TASKS[:1])
+        evaluate(tmp_path, 2, TASKS[:1], num_permutations=2000)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
     assert not actors()
@@ -179,7 +179,7 @@ def test_ctrl_c_leaves_no_process_behind(tiny_model, tmp_path):
         assert process.returncode != 0
         _, alive = psutil.wait_procs(started, timeout=20)
         assert not alive
-        assert not list((tmp_path / "adapters").iterdir())
+        assert {path.suffix for path in (tmp_path / "adapters").iterdir()} <= {".lock"}  # of the fits that it ended
     finally:
         for one in [*started, psutil.Process(process.pid)] if process.poll() is None else started:
             if one.is_running():
