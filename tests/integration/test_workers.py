@@ -157,7 +157,7 @@ def lm_eval(folder, tiny_model, *more):
     settings = {**FIT, **ENGINE, "pretrained": tiny_model, "adapter_dir": folder / "adapters", **dict(more)}
     arguments = ",".join(f"{name}={value}" for name, value in settings.items())
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "ttt_vllm", "--model_args", arguments]
-    command += ["--tasks", ",".join(TASKS), "--limit", "8", "--log_samples"]
+    command += ["--tasks", ",".join(TASKS), "--limit", "8"]
     return command
 
 
