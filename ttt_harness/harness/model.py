@@ -551,7 +551,6 @@ class TTTVLLM(vllm_causallms.VLLM):
                 "fit_seconds": round(result.seconds, 3),
             },
         )
-        result.weights.clear()  # stored; a run of many tasks would keep them all in memory
 
     def _serve_with(self, adapter: StoredAdapter | None, group: Group) -> None:
         """Have the next requests answered with `adapter`, after a check that vLLM applies it."""

@@ -301,14 +301,21 @@ def _build_phi3(shape: ModelShape, **lora: Any) -> TransformerDecoder:
     return _decoder(lora_phi3, shape, **lora)
 
 
+def _head_sizes(shape: ModelShape) -> dict[str, int]:
+    """What torchtune's converters ask for to tell the heads in a matrix apart."""
+    return {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "dim": shape.embed_dim,
+        "head_dim": shape.head_dim,
+    }
+
+
 def _llama_from_hf(weights: Weights, shape: ModelShape) -> Weights:
     """Also permutes the rows of q and k: torchtune's RoPE rotates neighbours, transformers' rotates halves."""
     converted = hf_to_tune(
         weights,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        dim=shape.embed_dim,
-        head_dim=shape.head_dim,
+        **_head_sizes(shape),
     )
     if shape.tied_embeddings:
         converted.pop("output.weight", None)  # some checkpoints store the tied matrix twice
@@ -319,10 +326,7 @@ def _llama_to_peft(weights: Weights, shape: ModelShape) -> Weights:
     # Undoes, on the rows of q's lora_B, the permutation of `_llama_from_hf`.
     return tune_to_peft_adapter_weights(
         weights,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        dim=shape.embed_dim,
-        head_dim=shape.head_dim,
+        **_head_sizes(shape),
     )
 
 
@@ -334,10 +338,7 @@ _GEMMA2_RENAMES = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm", "rms_norm":
 def _gemma2_from_hf(weights: Weights, shape: ModelShape) -> Weights:
     converted = gemma2_hf_to_tune(
         weights,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        dim=shape.embed_dim,
-        head_dim=shape.head_dim,
+        **_head_sizes(shape),
     )
     converted.pop("output.weight", None)
     renamed = {}
