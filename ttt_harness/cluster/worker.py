@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -95,9 +96,15 @@ class Worker:
         """
         model = self._model_with(model_args)
         model.begin_fits()
-        with self._reporting(), RunProgress(model.fit_work(group.sequences)) as progress:
-            fitted = model.fit_group(group, progress, group.task)
-        model.adapter_of(group, fitted=fitted)
+        with (
+            self._reporting(),
+            RunProgress(model.fit_work(group.sequences)) as progress,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            stored = model.fit_group(group, progress, group.task, writer)
+            if stored is not None:
+                stored.result()
+        model.adapter_of(group, fitted=stored is not None)
         files = None if self._store else model.store.files(group.key)
         return model.records[group.task], files
 

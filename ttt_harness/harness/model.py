@@ -11,7 +11,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,8 @@ class TTTVLLM(vllm_causallms.VLLM):
             self._shape = ModelShape.from_config(hf_config, where=str(self.model_dir))
         own = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS}
         engine_args = default_engine_args()
+        if "compilation_config" in model_args:
+            engine_args.pop("cudagraph_capture_sizes", None)  # vLLM takes them from one place only
         if dtype != "auto":
             engine_args["dtype"] = dtype
         engine_args |= {name: value for name, value in model_args.items() if name not in own}
@@ -252,16 +255,23 @@ class TTTVLLM(vllm_causallms.VLLM):
         read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
         answers: list[Any] = [None] * len(requests)
 
-        def finish(group: Group, where: str, fitted: bool) -> None:
+        def finish(group: Group, where: str, stored: Future[None] | None) -> None:
+            if stored is not None:
+                stored.result()
             own = [requests[index] for index in group.indices]
+            fitted = stored is not None
             values = self.answer_group(group, own, kind, progress, where, read_work[group.task], fitted=fitted)
             for index, value in zip(group.indices, values, strict=True):
                 answers[index] = value
 
-        with RunProgress(sum(fit_work.values()) + sum(read_work.values())) as progress:
+        with (
+            RunProgress(sum(fit_work.values()) + sum(read_work.values())) as progress,
+            # Writes an adapter while the next one is fitted; the last of them, too, when the run ends with an error.
+            ThreadPoolExecutor(1, thread_name_prefix="store") as writer,
+        ):
             if self._pool is not None:
                 return self._pool.answer(self, groups, requests, kind, progress, fit_work, read_work)
-            fits = self._fit_in_turn(groups, progress)
+            fits = self._fit_in_turn(groups, progress, writer)
             if self._memory is None or not to_fit:
                 for item in fits:
                     finish(*item)
@@ -282,25 +292,31 @@ class TTTVLLM(vllm_causallms.VLLM):
         elif self._memory is not None:
             self.model.start_soon()
 
-    def _fit_in_turn(self, groups: Sequence[Group], progress: RunProgress) -> Iterator[tuple[Group, str, bool]]:
-        """Yield each group, where it stands in the run, and whether its adapter was fitted for it."""
+    def _fit_in_turn(
+        self, groups: Sequence[Group], progress: RunProgress, writer: Executor
+    ) -> Iterator[tuple[Group, str, Future[None] | None]]:
+        """Yield each group, where it stands in the run, and what `fit_group` returns for it."""
         for position, group in enumerate(groups, 1):
             where = f"{group.task} ({position}/{len(groups)})"
-            yield group, where, group.key is not None and self.fit_group(group, progress, where)
+            yield group, where, self.fit_group(group, progress, where, writer) if group.key else None
 
-    def fit_group(self, group: Group, progress: RunProgress, where: str) -> bool:
-        """Have the group's adapter in the store. Returns whether it was fitted for that.
+    def fit_group(self, group: Group, progress: RunProgress, where: str, writer: Executor) -> Future[None] | None:
+        """Fit the group's adapter, and have `writer` put it into the store.
 
         A process that is fitting the same adapter is waited for.
+
+        Returns:
+            The writing of the adapter, or None where nothing had to be fitted.
         """
         assert group.key is not None
         if self._stored(group.key) is not None:
-            return False
-        with self.store.fitting(group.key):
+            return None
+        with ExitStack() as held:
+            held.enter_context(self.store.fitting(group.key))
             if self._stored(group.key) is not None:
-                return False
-            self._keep(group, self._fit(group, progress, where))
-        return True
+                return None
+            result = self._fit(group, progress, where)
+            return writer.submit(self._keep, group, result, held.pop_all())
 
     def answer_group(
         self,
@@ -530,27 +546,28 @@ class TTTVLLM(vllm_causallms.VLLM):
             ),
         )
 
-    def _keep(self, group: Group, result: FitResult) -> None:
-        """Store the adapter that was fitted for `group`."""
+    def _keep(self, group: Group, result: FitResult, held: ExitStack) -> None:
+        """Store the adapter that was fitted for `group`, then let go of the lock that is `held` on it."""
         assert group.key is not None
         config = self.ttt_config
-        self._adapters[group.key] = self.store.save(
-            group.key,
-            result.weights,
-            base_model=str(self.model_dir),
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            record={
-                "task": group.task,
-                "settings": self._settings,
-                "dtype": self.dtype_name,
-                "train_sequences": len(group.sequences),
-                "train_tokens": result.tokens,
-                "losses": [round(loss, 6) for loss in result.losses],
-                "fit_seconds": round(result.seconds, 3),
-            },
-        )
+        with held:
+            self._adapters[group.key] = self.store.save(
+                group.key,
+                result.weights,
+                base_model=str(self.model_dir),
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                record={
+                    "task": group.task,
+                    "settings": self._settings,
+                    "dtype": self.dtype_name,
+                    "train_sequences": len(group.sequences),
+                    "train_tokens": result.tokens,
+                    "losses": [round(loss, 6) for loss in result.losses],
+                    "fit_seconds": round(result.seconds, 3),
+                },
+            )
 
     def _serve_with(self, adapter: StoredAdapter | None, group: Group) -> None:
         """Have the next requests answered with `adapter`, after a check that vLLM applies it."""

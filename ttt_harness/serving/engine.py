@@ -41,6 +41,10 @@ def default_engine_args() -> dict[str, Any]:
         # The engine in this process: two processes less to start, which on two cores is 50 s less to wait. On a GPU
         # it has a process of its own, where it can start and answer while this one fits.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:
+        # vLLM would record a CUDA graph for each of 51 batch sizes, twice, before it answers; a batch is filled up to
+        # the next size there is.
+        args["cudagraph_capture_sizes"] = [2**n for n in range(10)]
     return args
 
 

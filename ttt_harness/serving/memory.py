@@ -21,7 +21,7 @@ ENGINE_ADAPTER_COPIES = 2
 # A fit with less room than this would spend its time in micro-batches too small for the card.
 LEAST_ACTIVATIONS = 4 * GIB
 # More than this many tokens' keys and values, or activations, gain nothing.
-ENOUGH_KV_TOKENS = 128 * 1024
+ENOUGH_KV_TOKENS = 64 * 1024
 ENOUGH_FIT_TOKENS = 8 * 1024
 
 

@@ -162,10 +162,11 @@ class ModelShape:
     def activation_bytes_per_token(self, dtype: torch.dtype) -> int:
         """About what autograd keeps of one token in a fit, of the fused layers.
 
-        Of each layer some 11 tensors of the model's width (norms, q, k, v, dropped copies and masks) and 4 of the
-        MLP's.
+        Of each layer some 11 tensors of the model's width (norms, q, k, v, dropped copies and masks) and of the MLP's
+        4, or 3 where its product is computed again for the gradient.
         """
-        return self.num_layers * (11 * self.embed_dim + 4 * self.mlp_dim) * dtype.itemsize
+        mlp = 3 if FAMILIES[self.architecture].activation == "silu" else 4
+        return self.num_layers * (11 * self.embed_dim + mlp * self.mlp_dim) * dtype.itemsize
 
     def adapter_rank(self, rank: int) -> int:
         """The rank under which an adapter that was fitted with `rank` is written."""

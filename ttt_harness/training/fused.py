@@ -8,10 +8,15 @@ shorter forward too. Parameters and their names stay.
 
 The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
+
+On a GPU, where each pass over memory costs as much as a good part of a matmul, torch.compile makes one kernel of each
+elementwise function; the matmuls between them are the same. That takes seconds, where compiling the layers takes most
+of a minute.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +39,22 @@ def fuse(model: TransformerDecoder) -> None:
     for module in model.modules():
         if fused := _FUSED.get(type(module)):
             module.__class__ = fused
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _one_kernel(function: Callable[P, T]) -> Callable[P, T]:
+    """Have torch.compile make one kernel of an elementwise function, where its first argument is on a GPU."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
+        return (compiled if on_gpu else function)(*args, **kwargs)
+
+    return run
 
 
 class FusedRMSNorm(RMSNorm):
@@ -65,10 +86,19 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
-    """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle, as complex numbers."""
-    turns = torch.view_as_complex(self.cache[: x.shape[1]]).unsqueeze(1)
+    """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle."""
+    turns = self.cache[: x.shape[1]].unsqueeze(1)
+    if x.is_cuda:
+        return _turned(x, turns)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).type_as(x)
+
+
+@_one_kernel
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """The product of complex numbers written out: torch.compile makes no kernels of complex ones."""
+    (real, imaginary), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), -1).flatten(-2).type_as(x)
 
 
 class FusedRoPE(RotaryPositionalEmbeddings):
@@ -112,6 +142,8 @@ class FusedFeedForward(FeedForward):
             hidden = self.activation(hidden)
         else:
             gate, up = project(x, [self.w1, self.w3], self.training)
+            if isinstance(self.activation, nn.SiLU) and isinstance(self.w2, LoRALinear):
+                return _project_gated(gate, up, self.w2, self.training)
             hidden = self.activation(gate) * up
         (out,) = project(hidden, [self.w2], self.training)
         return out
@@ -141,19 +173,36 @@ def project(x: Tensor, layers: Sequence[nn.Module], training: bool) -> tuple[Ten
     adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
     if not adapted:
         return tuple(layer(x) for layer in layers)
-    lora = adapted[0]
-    p = getattr(lora.dropout, "p", 0.0) if training else 0.0
     frozen = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
     trained = [tensor for layer in adapted for tensor in (layer.lora_a.weight, layer.lora_b.weight)]
     outs = _Project.apply(
         x.reshape(-1, x.shape[-1]),
-        p,
-        lora.alpha / lora.rank,
+        _dropout(adapted[0], training),
+        adapted[0].alpha / adapted[0].rank,
         tuple(isinstance(layer, LoRALinear) for layer in layers),
         *frozen,
         *trained,
     )
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+
+def _project_gated(gate: Tensor, up: Tensor, layer: LoRALinear, training: bool) -> Tensor:
+    """Apply a layer with LoRA to silu(gate) * up, both [..., in]."""
+    out = _ProjectGated.apply(
+        gate.reshape(-1, gate.shape[-1]),
+        up.reshape(-1, up.shape[-1]),
+        _dropout(layer, training),
+        layer.alpha / layer.rank,
+        layer.weight,
+        layer.bias,
+        layer.lora_a.weight,
+        layer.lora_b.weight,
+    )
+    return out.view(*gate.shape[:-1], -1)
+
+
+def _dropout(layer: LoRALinear, training: bool) -> float:
+    return getattr(layer.dropout, "p", 0.0) if training else 0.0
 
 
 class _Project(torch.autograd.Function):
@@ -195,9 +244,67 @@ class _Project(torch.autograd.Function):
         flat = torch.cat(d_low, 1).mul_(ctx.scale)
         d_a = (flat.T @ dropped).chunk(len(b))
         assert dx is not None
-        if mask is None:
-            dx.addmm_(flat, a)
-        else:
-            dx.add_(undo_dropout(flat @ a, mask, ctx.p))
+        dx = _add_update(dx, flat, a, mask, ctx.p)
         trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
         return dx, None, None, None, *([None] * 2 * len(ctx.adapted)), *trained
+
+
+class _ProjectGated(torch.autograd.Function):
+    """The same for one layer on silu(gate) * up, which is computed again for the gradient rather than kept."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        p: float,
+        scale: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        hidden = _gated(gate, up)
+        dropped, mask = dropout_with_mask(hidden, p) if p else (hidden, None)
+        low = dropped @ a.T
+        ctx.save_for_backward(gate, up, mask, low, weight, a, b)
+        ctx.p, ctx.scale = p, scale
+        return functional.linear(hidden, weight, bias).addmm_(low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, mask, low, weight, a, b = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        flat = (gradient @ b).mul_(ctx.scale)
+        d_b = (gradient.T @ low).mul_(ctx.scale)
+        d_a = flat.T @ _gated_dropped(gate, up, mask, ctx.p)
+        d_gate, d_up = _gated_gradients(_add_update(gradient @ weight, flat, a, mask, ctx.p), gate, up)
+        return d_gate, d_up, None, None, None, None, d_a, d_b
+
+
+def _add_update(dx: Tensor, flat: Tensor, a: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Add to an input's gradient what comes through LoRA, with the gradient `flat` [tokens, rank] of A's output."""
+    return dx.addmm_(flat, a) if mask is None else _add_undropped(dx, flat @ a, mask, p)
+
+
+@_one_kernel
+def _add_undropped(dx: Tensor, update: Tensor, mask: Tensor, p: float) -> Tensor:
+    return dx.add_(undo_dropout(update, mask, p))
+
+
+@_one_kernel
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+@_one_kernel
+def _gated_dropped(gate: Tensor, up: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    hidden = functional.silu(gate) * up
+    return hidden if mask is None else undo_dropout(hidden, mask, p)
+
+
+@_one_kernel
+def _gated_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of silu(gate) * up."""
+    d_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+    return d_gate, gradient * functional.silu(gate)

@@ -116,7 +116,7 @@ class Trainer:
                 schedule.step()
                 if on_step:
                     on_step(len(losses), len(batches), losses[-1])
-        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.adapter.items()}
+        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.adapter.items()}
         return FitResult(
             weights=FAMILIES[self.shape.architecture].to_peft(trained, self.shape),
             losses=losses,
@@ -210,16 +210,12 @@ def _batches(
             yield [sequences[index] for index in order[start : start + batch_size]]
 
 
-def _micro_batches(batch: Sequence[TrainingSequence], max_tokens: int) -> Iterator[list[TrainingSequence]]:
-    """Cut a batch into parts of at most `max_tokens` padded tokens, or of one sequence that is longer."""
-    part: list[TrainingSequence] = []
-    for sequence in batch:
-        longest = max(len(s.tokens) for s in [*part, sequence])
-        if part and longest * (len(part) + 1) > max_tokens:
-            yield part
-            part = []
-        part.append(sequence)
-    yield part
+def _micro_batches(batch: Sequence[TrainingSequence], max_tokens: int) -> Iterator[Sequence[TrainingSequence]]:
+    """Cut a batch into equal parts, as few as have at most `max_tokens` padded tokens each, or one sequence."""
+    longest = max(len(sequence.tokens) for sequence in batch)
+    parts = math.ceil(len(batch) / max(1, max_tokens // longest))
+    for part in range(parts):
+        yield batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
 
 
 def _pad(part: Sequence[TrainingSequence], device: str) -> tuple[Tensor, Tensor]:
