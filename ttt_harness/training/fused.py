@@ -10,6 +10,7 @@ The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ from torchtune.modules import (
 )
 from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.dropout import dropout_with_mask, undo_dropout
+from ttt_harness.training.attention import CausalAttention
+from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
 
 
 def fuse(model: TransformerDecoder) -> None:
@@ -97,7 +99,10 @@ class FusedAttention(MultiHeadAttention):
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if q.device.type == "cpu":
+            out = CausalAttention.apply(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         (out,) = project(out.transpose(1, 2).flatten(2), [self.output_proj], self.training)
         return out
 
@@ -165,7 +170,8 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         frozen, trained = weights[: 2 * len(adapted)], weights[2 * len(adapted) :]
         a, b = torch.cat(trained[0::2]), trained[1::2]  # type: ignore[arg-type]
-        dropped, mask = dropout_with_mask(x, p) if p else (x, None)
+        dropped, mask, gain = dropout_with_mask(x, p) if p else (x, None, 1.0)
+        scale *= gain
         low = (dropped @ a.T).view(len(x), len(b), -1)  # [tokens, adapted layers, rank]
         outs, index = [], 0
         for has_lora, weight, bias in zip(adapted, frozen[0::2], frozen[1::2], strict=True):
@@ -182,22 +188,19 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dropped, mask, low, a, *rest = ctx.saved_tensors
         weights, b = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
-        dx: Tensor | None = None
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
         d_low: list[Tensor] = []
         d_b: list[Tensor] = []
-        for has_lora, gradient, weight in zip(ctx.adapted, gradients, weights, strict=True):
-            gradient = gradient.contiguous()
-            dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
-            if has_lora:
-                index = len(d_b)
-                d_low.append(gradient @ b[index])
-                d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
-        flat = torch.cat(d_low, 1).mul_(ctx.scale)
+        for gradient in itertools.compress(gradients, ctx.adapted):
+            index = len(d_b)
+            d_low.append(torch.addmm(low[:1, index], gradient, b[index], beta=0, alpha=ctx.scale))
+            d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
+        flat = torch.cat(d_low, 1) if len(d_low) > 1 else d_low[0]
         d_a = (flat.T @ dropped).chunk(len(b))
-        assert dx is not None
-        if mask is None:
-            dx.addmm_(flat, a)
-        else:
-            dx.add_(undo_dropout(flat @ a, mask, ctx.p))
+        dx = flat @ a
+        if mask is not None:
+            dx = dropout_gradient(dx, mask, ctx.p)
+        for gradient, weight in zip(gradients, weights, strict=True):
+            dx.addmm_(gradient, weight)
         trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
         return dx, None, None, None, *([None] * 2 * len(ctx.adapted)), *trained
