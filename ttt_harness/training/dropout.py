@@ -40,7 +40,7 @@ def _dropped_places(count: int, p: float) -> Tensor:
     last, parts = -1, []
     while last < count:
         # Nearly always enough at once: six standard deviations above the expected number.
-        numbers = torch.rand(int(expected + 6 * math.sqrt(expected)) + 10)
+        numbers = torch.rand(int(expected + 6 * math.sqrt(expected)) + 10, dtype=torch.float32)
         gaps = numbers.neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
         parts.append(gaps.cumsum(0).add_(last))
         last = int(parts[-1][-1])

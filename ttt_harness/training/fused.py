@@ -61,9 +61,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale, inverse = ctx.saved_tensors
-        gradient, wide = gradients[0].float() * scale, x.float()
+        gradient, wide = gradients[0].to(torch.float32, copy=True).mul_(scale), x.float()
         along = (gradient * wide).mean(-1, keepdim=True).mul_(inverse**3)
-        return gradient.mul_(inverse).sub_(wide * along).to(x.dtype), None, None
+        return gradient.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
 def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
