@@ -41,13 +41,16 @@ def test_shrink(indices):
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_expand_slice(indices, add):
-    inputs, weights = torch.randn(TOKENS, RANK), torch.randn(ADAPTERS, 1, OUT, RANK)
-    output = torch.randn(TOKENS, 3 * OUT)
-    expected = output.clone()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expand_slice(indices, add, dtype):
+    inputs, weights = torch.randn(TOKENS, RANK), torch.randn(ADAPTERS, 1, OUT, RANK).to(dtype)
+    inputs = inputs.to(dtype).float()  # vLLM keeps what lies between the two matrices in float32
+    output = torch.randn(TOKENS, 3 * OUT).to(dtype)
+    expected = output.float()
     cpu_lora.bgmv_expand_slice(inputs, weights, output, indices, 7, OUT, add)
-    reference_expand(inputs, weights, expected, indices, 7, OUT, add)
-    torch.testing.assert_close(output, expected)
+    reference_expand(inputs, weights.float(), expected, indices, 7, OUT, add)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6  # of sums of a few units
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_expand_covers_the_narrower_of_adapter_and_output(indices):

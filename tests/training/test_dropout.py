@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ttt_harness.training.dropout import dropout_with_mask, undo_dropout
+from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
 
 
 @pytest.fixture(autouse=True)
@@ -13,33 +13,42 @@ def seed():
         yield
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
+def dropped(shape, p):
+    """1 where dropout with probability `p` drops an element."""
+    return (dropout_with_mask(torch.ones(shape), p)[0] == 0).float()
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
 def test_elements_are_dropped_with_probability_p_and_the_mean_is_kept(p):
-    out, kept = dropout_with_mask(torch.ones(1000, 1000), p)
-    assert torch.equal(kept, out != 0)
+    x = torch.randn(1000, 1000)
+    out, _, factor = dropout_with_mask(x, p)
+    gone = out == 0
+    assert torch.equal(out[~gone], x[~gone])
     # Within five standard deviations of a binomial count.
-    assert (out == 0).float().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / 1e6) ** 0.5)
-    assert torch.allclose(out[out != 0], torch.tensor(1 / (1 - p)), rtol=1e-4)
+    assert gone.float().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / 1e6) ** 0.5)
+    assert factor == pytest.approx(1 / (1 - p))
+
+
+def test_every_place_is_as_likely():
+    shares = torch.stack([dropped(20, 0.3) for _ in range(4000)]).mean(0)
+    assert (shares - 0.3).abs().max() < 5 * (0.3 * 0.7 / 4000) ** 0.5
 
 
 def test_masks_of_neighbours_rows_and_calls_are_independent():
-    first, second = (~dropout_with_mask(torch.ones(512, 512), 0.5)[1] for _ in range(2))
+    first, second = (dropped((512, 512), 0.5) for _ in range(2))
     for one, other in [(first[1:], first[:-1]), (first[:, 1:], first[:, :-1]), (first, second)]:
-        assert (one & other).float().mean().item() == pytest.approx(0.25, abs=0.01)
+        assert (one * other).mean().item() == pytest.approx(0.25, abs=0.01)
 
 
 def test_the_gradient_passes_through_what_was_kept():
     x = torch.randn(40, 30, dtype=torch.float64)
-    out, kept = dropout_with_mask(x, 0.3)
-    torch.testing.assert_close(undo_dropout(torch.ones_like(x), kept, 0.3), out / x)
+    out, mask, _ = dropout_with_mask(x, 0.3)
+    torch.testing.assert_close(dropout_gradient(torch.ones_like(x), mask, 0.3), out / x)
 
 
 def test_masks_follow_torchs_seed():
-    def mask():
-        return dropout_with_mask(torch.ones(100), 0.5)[1]
-
     torch.manual_seed(5)
-    first, other = mask(), mask()
+    first, other = dropped(100, 0.5), dropped(100, 0.5)
     torch.manual_seed(5)
-    assert torch.equal(first, mask())
+    assert torch.equal(first, dropped(100, 0.5))
     assert not torch.equal(first, other)

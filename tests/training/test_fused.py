@@ -1,14 +1,16 @@
 """The fused layers compute what torchtune's own layers compute: outputs and gradients."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torchtune.models.llama3_1 import lora_llama3_1
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from ttt_harness.training import fused
 from ttt_harness.training.dropout import dropout_with_mask
-from ttt_harness.training.fused import FusedAttention, FusedFeedForward, fuse, project
+from ttt_harness.training.fused import FusedAttention, FusedFeedForward, fuse, project, project_gated
 
 
 def decoder(**overrides):
@@ -67,7 +69,7 @@ def test_with_dropout_the_update_sees_the_dropped_input_and_the_base_does_not():
     torch.manual_seed(3)
     outs = project(x, [layer.w1, layer.w3], training=True)
     torch.manual_seed(3)
-    _, kept = dropout_with_mask(x, 0.5)  # one mask for both projections
+    kept = dropout_with_mask(torch.ones_like(x), 0.5)[0]  # one mask for both projections
     for out, linear in zip(outs, (layer.w1, layer.w3), strict=True):
         update = (x * kept * 2) @ linear.lora_a.weight.T @ linear.lora_b.weight.T * (8 / 4)
         torch.testing.assert_close(out, x @ linear.weight.T + update)
@@ -76,6 +78,44 @@ def test_with_dropout_the_update_sees_the_dropped_input_and_the_base_does_not():
         plain = torch.autograd.grad((x @ linear.weight.T + update).square().sum(), parameters, retain_graph=True)
         for gradient, other in zip(gradients, plain, strict=True):
             torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_the_mlp_computes_its_product_again_with_the_same_mask(p):
+    layer = decoder(lora_dropout=p).double().layers[0].mlp.w2
+    gate, up = (torch.randn(7, 48, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.manual_seed(3)
+    out = project_gated(gate, up, layer, training=True)
+    torch.manual_seed(3)
+    kept = dropout_with_mask(torch.ones_like(gate), p)[0] / (1 - p) if p else 1.0
+    hidden = torch.nn.functional.silu(gate) * up
+    update = (hidden * kept) @ layer.lora_a.weight.T @ layer.lora_b.weight.T * (8 / 4)
+    plain = hidden @ layer.weight.T + update
+    torch.testing.assert_close(out, plain)
+    parameters = (gate, up, layer.lora_a.weight, layer.lora_b.weight)
+    gradients = (torch.autograd.grad(result.square().sum(), parameters) for result in (out, plain))
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("default")  # torch.compile's own
+@pytest.mark.parametrize("name", ["_turned", "_gated", "_gated_dropped", "_gated_gradients"])
+def test_what_a_gpu_compiles_to_one_kernel_is_the_same_function(name):
+    function = getattr(fused, name).__wrapped__
+    x, y, z = (torch.randn(3, 20, 4, 16, requires_grad=name == "_turned") for _ in range(3))
+    args = {
+        "_turned": (x, torch.randn(20, 1, 8, 2)),
+        "_gated": (x, y),
+        "_gated_dropped": (x, y, None, 0.1),
+        "_gated_gradients": (x, y, z),
+    }[name]
+    compiled = torch.compile(function, dynamic=True)
+    torch.testing.assert_close(compiled(*args), function(*args), rtol=1e-5, atol=1e-5)
+    if name == "_turned":
+        got, expected = (torch.autograd.grad(f(*args).square().sum(), x) for f in (compiled, function))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_dropped_in_evaluation():

@@ -15,7 +15,10 @@ import torch
 
 def _groups(indices: torch.Tensor) -> Iterator[tuple[int, torch.Tensor | slice]]:
     """Yield (adapter, its tokens) for each adapter in `indices`, shape [tokens]; a slice where all share one."""
-    adapters = indices.unique().tolist()
+    if not len(indices):
+        return
+    # The usual case is told without sorting: a forward pass asks some 400 times.
+    adapters = [int(indices[0])] if bool((indices == indices[0]).all()) else indices.unique().tolist()
     for adapter in adapters:
         if adapter >= 0:
             yield adapter, slice(None) if len(adapters) == 1 else (indices == adapter).nonzero().squeeze(1)
@@ -40,10 +43,12 @@ def bgmv_shrink(
     weights = lora_b_weights.flatten(0, -3)
     rank = weights.shape[-2]
     tokens = output_tensor.shape[0]
-    output_tensor[:, :rank] = 0
-    for adapter, rows in _groups(lora_indices_tensor[:tokens]):
+    groups = list(_groups(lora_indices_tensor[:tokens]))
+    if not (groups and isinstance(groups[0][1], slice)):
+        output_tensor[:, :rank] = 0
+    for adapter, rows in groups:
         product = torch.nn.functional.linear(inputs[rows].to(weights.dtype), weights[adapter])
-        output_tensor[rows, :rank] = (scaling * product).to(output_tensor.dtype)
+        output_tensor[rows, :rank] = (product if scaling == 1 else product.mul_(scaling)).to(output_tensor.dtype)
 
 
 def bgmv_expand(
@@ -81,7 +86,11 @@ def bgmv_expand_slice(
     weights = lora_b_weights.flatten(0, -3)
     columns = slice(slice_offset, slice_offset + slice_size)
     for adapter, rows in _groups(lora_indices_tensor[: output_tensor.shape[0]]):
-        product = torch.nn.functional.linear(inputs[rows].to(weights.dtype), weights[adapter, :slice_size])
+        matrix = weights[adapter, :slice_size]
+        if add_inputs and isinstance(rows, slice) and output_tensor.dtype == weights.dtype:
+            output_tensor[:, columns].addmm_(inputs.to(weights.dtype), matrix.T)
+            continue
+        product = torch.nn.functional.linear(inputs[rows].to(weights.dtype), matrix)
         product = product.to(output_tensor.dtype)
         if add_inputs:
             output_tensor[rows, columns] += product

@@ -1,40 +1,53 @@
 """Dropout whose mask is kept, for layers that compute their own gradient, with masks that are cheap on a CPU too.
 
 On a CPU torch draws one random number for each element, one after the other, which costs more than the matmul that
-the dropped input goes into. There each element takes 16 bits of a faster generator instead.
+the dropped input goes into. There the places of the dropped elements are drawn instead, one number for each: the gaps
+between them are geometric. The factor 1 / (1 - p) is left to the caller, who has a smaller tensor to multiply, so that
+dropping and its gradient only write zeros to those places.
 """
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
-_LEVELS = 1 << 16
 
+def dropout_with_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """Zero each element of `x` with probability `p`, 0 < p < 1.
 
-def dropout_with_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p).
-
-    The masks follow from torch's random state, so `torch.manual_seed` repeats them. On a CPU `p` is rounded to a
-    multiple of 2**-16.
+    The masks follow from torch's random state, so `torch.manual_seed` repeats them.
 
     Returns:
-        The result, and the mask of what is kept, a bool tensor of the same shape.
+        The result; what `dropout_gradient` needs of the mask; and the factor that the result is still to be multiplied
+        by for its mean to be that of `x`: on a GPU 1, as torch's kernel has done so.
     """
     if x.device.type != "cpu":
-        return torch.native_dropout(x, p, True)
-    count = x.numel()
-    seed = int(torch.randint(1 << 62, ()))
-    bits = np.random.SFC64(seed).random_raw(count // 4 + 1).view(np.int16)[:count]
-    keep = (torch.from_numpy(bits) >= _dropped_levels(p) - _LEVELS // 2).view(x.shape)
-    return undo_dropout(x, keep, p), keep
+        return *torch.native_dropout(x, p, True), 1.0
+    places = _dropped_places(x.numel(), p)
+    return _zeroed(x.clone(memory_format=torch.contiguous_format), places), places, 1 / (1 - p)
 
 
-def undo_dropout(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The gradient of dropout's input, from that of its result and the mask; the shape is kept."""
+def dropout_gradient(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The gradient of dropout's input, from that of its (unmultiplied) result, which may be changed in place."""
     if gradient.device.type != "cpu":
         return torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - p))
-    return torch.where(mask, gradient, 0.0).mul_(_LEVELS / (_LEVELS - _dropped_levels(p)))
+    return _zeroed(gradient.contiguous(), mask)
 
 
-def _dropped_levels(p: float) -> int:
-    return round(p * _LEVELS)
+def _dropped_places(count: int, p: float) -> Tensor:
+    """Which of `count` elements are dropped, in rising order, int64: each with probability `p`, independently."""
+    expected = count * p
+    last, parts = -1, []
+    while last < count:
+        # Nearly always enough at once: six standard deviations above the expected number.
+        numbers = torch.rand(int(expected + 6 * math.sqrt(expected)) + 10, dtype=torch.float32)
+        gaps = numbers.neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)
+        parts.append(gaps.cumsum(0).add_(last))
+        last = int(parts[-1][-1])
+    places = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return places[: int(torch.searchsorted(places, count))]
+
+
+def _zeroed(x: Tensor, places: Tensor) -> Tensor:
+    x.view(-1).index_fill_(0, places, 0)
+    return x

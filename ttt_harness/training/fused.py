@@ -15,6 +15,7 @@ of a minute.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,7 +32,8 @@ from torchtune.modules import (
 )
 from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.dropout import dropout_with_mask, undo_dropout
+from ttt_harness.training.attention import CausalAttention
+from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
 
 
 def fuse(model: TransformerDecoder) -> None:
@@ -80,9 +82,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, scale, inverse = ctx.saved_tensors
-        gradient, wide = gradients[0].float() * scale, x.float()
+        gradient, wide = gradients[0].to(torch.float32, copy=True).mul_(scale), x.float()
         along = (gradient * wide).mean(-1, keepdim=True).mul_(inverse**3)
-        return gradient.mul_(inverse).sub_(wide * along).to(x.dtype), None, None
+        return gradient.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
 def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
@@ -127,7 +129,10 @@ class FusedAttention(MultiHeadAttention):
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if q.device.type == "cpu":
+            out = CausalAttention.apply(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         (out,) = project(out.transpose(1, 2).flatten(2), [self.output_proj], self.training)
         return out
 
@@ -143,7 +148,7 @@ class FusedFeedForward(FeedForward):
         else:
             gate, up = project(x, [self.w1, self.w3], self.training)
             if isinstance(self.activation, nn.SiLU) and isinstance(self.w2, LoRALinear):
-                return _project_gated(gate, up, self.w2, self.training)
+                return project_gated(gate, up, self.w2, self.training)
             hidden = self.activation(gate) * up
         (out,) = project(hidden, [self.w2], self.training)
         return out
@@ -186,8 +191,17 @@ def project(x: Tensor, layers: Sequence[nn.Module], training: bool) -> tuple[Ten
     return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
 
-def _project_gated(gate: Tensor, up: Tensor, layer: LoRALinear, training: bool) -> Tensor:
-    """Apply a layer with LoRA to silu(gate) * up, both [..., in]."""
+def project_gated(gate: Tensor, up: Tensor, layer: LoRALinear, training: bool) -> Tensor:
+    """Apply a layer with LoRA to silu(gate) * up; that product is not kept for the gradient, but computed again.
+
+    Args:
+        gate, up: [..., in].
+        layer: torchtune's `LoRALinear`.
+        training: whether to drop out.
+
+    Returns:
+        [..., out].
+    """
     out = _ProjectGated.apply(
         gate.reshape(-1, gate.shape[-1]),
         up.reshape(-1, up.shape[-1]),
@@ -214,7 +228,8 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         frozen, trained = weights[: 2 * len(adapted)], weights[2 * len(adapted) :]
         a, b = torch.cat(trained[0::2]), trained[1::2]  # type: ignore[arg-type]
-        dropped, mask = dropout_with_mask(x, p) if p else (x, None)
+        dropped, mask, gain = dropout_with_mask(x, p) if p else (x, None, 1.0)
+        scale *= gain
         low = (dropped @ a.T).view(len(x), len(b), -1)  # [tokens, adapted layers, rank]
         outs, index = [], 0
         for has_lora, weight, bias in zip(adapted, frozen[0::2], frozen[1::2], strict=True):
@@ -231,20 +246,20 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dropped, mask, low, a, *rest = ctx.saved_tensors
         weights, b = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
-        dx: Tensor | None = None
+        gradients = tuple(gradient.contiguous() for gradient in gradients)
         d_low: list[Tensor] = []
         d_b: list[Tensor] = []
-        for has_lora, gradient, weight in zip(ctx.adapted, gradients, weights, strict=True):
-            gradient = gradient.contiguous()
-            dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
-            if has_lora:
-                index = len(d_b)
-                d_low.append(gradient @ b[index])
-                d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
-        flat = torch.cat(d_low, 1).mul_(ctx.scale)
+        for gradient in itertools.compress(gradients, ctx.adapted):
+            index = len(d_b)
+            d_low.append(torch.addmm(low[:1, index], gradient, b[index], beta=0, alpha=ctx.scale))
+            d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
+        flat = torch.cat(d_low, 1) if len(d_low) > 1 else d_low[0]
         d_a = (flat.T @ dropped).chunk(len(b))
-        assert dx is not None
-        dx = _add_update(dx, flat, a, mask, ctx.p)
+        dx = flat @ a
+        if mask is not None:
+            dx = dropout_gradient(dx, mask, ctx.p)
+        for gradient, weight in zip(gradients, weights, strict=True):
+            dx.addmm_(gradient, weight)
         trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
         return dx, None, None, None, *([None] * 2 * len(ctx.adapted)), *trained
 
@@ -265,31 +280,24 @@ class _ProjectGated(torch.autograd.Function):
         b: Tensor,
     ) -> Tensor:
         hidden = _gated(gate, up)
-        dropped, mask = dropout_with_mask(hidden, p) if p else (hidden, None)
+        dropped, mask, gain = dropout_with_mask(hidden, p) if p else (hidden, None, 1.0)
         low = dropped @ a.T
         ctx.save_for_backward(gate, up, mask, low, weight, a, b)
-        ctx.p, ctx.scale = p, scale
-        return functional.linear(hidden, weight, bias).addmm_(low, b.T, alpha=scale)
+        ctx.p, ctx.scale = p, scale * gain
+        return functional.linear(hidden, weight, bias).addmm_(low, b.T, alpha=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, mask, low, weight, a, b = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        flat = (gradient @ b).mul_(ctx.scale)
+        d_low = torch.addmm(low[:1], gradient, b, beta=0, alpha=ctx.scale)
         d_b = (gradient.T @ low).mul_(ctx.scale)
-        d_a = flat.T @ _gated_dropped(gate, up, mask, ctx.p)
-        d_gate, d_up = _gated_gradients(_add_update(gradient @ weight, flat, a, mask, ctx.p), gate, up)
+        d_a = d_low.T @ _gated_dropped(gate, up, mask, ctx.p)
+        d_hidden = d_low @ a
+        if mask is not None:
+            d_hidden = dropout_gradient(d_hidden, mask, ctx.p)
+        d_gate, d_up = _gated_gradients(d_hidden.addmm_(gradient, weight), gate, up)
         return d_gate, d_up, None, None, None, None, d_a, d_b
-
-
-def _add_update(dx: Tensor, flat: Tensor, a: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Add to an input's gradient what comes through LoRA, with the gradient `flat` [tokens, rank] of A's output."""
-    return dx.addmm_(flat, a) if mask is None else _add_undropped(dx, flat @ a, mask, p)
-
-
-@_one_kernel
-def _add_undropped(dx: Tensor, update: Tensor, mask: Tensor, p: float) -> Tensor:
-    return dx.add_(undo_dropout(update, mask, p))
 
 
 @_one_kernel
@@ -299,8 +307,9 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 @_one_kernel
 def _gated_dropped(gate: Tensor, up: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Dropping with a mask that is there is what `dropout_gradient` does."""
     hidden = functional.silu(gate) * up
-    return hidden if mask is None else undo_dropout(hidden, mask, p)
+    return hidden if mask is None else dropout_gradient(hidden, mask, p)
 
 
 @_one_kernel

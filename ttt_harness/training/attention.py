@@ -1,0 +1,88 @@
+"""Causal attention for training on a CPU, computed in blocks of queries by batched matmuls.
+
+torch's own kernel for CPUs computes the gradient in small blocks, at a fraction of what a matmul reaches there. Here a
+block of queries meets all keys up to its end in one matmul, so that about half of the work is left out, and query heads
+that share a head of keys are rows of one matrix. Nothing of the size tokens x tokens is kept: the gradient computes the
+probabilities again, as in Dao et al., arXiv 2205.14135.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A block's scores should stay in the processor's cache.
+_SCORES = 2**21
+_ROWS = (32, 128)
+
+
+class CausalAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(head_dim)) v, each position attending to itself and those before.
+
+    The scores are in float32 for bfloat16 inputs, as in torch's kernel; all other products in the inputs' type.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        """From q, [batch, heads, tokens, head_dim], and k and v, [batch, kv_heads, tokens, head_dim]; as q."""
+        batch, kv_heads, length, width = k.shape
+        shape = (batch, length, kv_heads, q.shape[1] // kv_heads, width)
+        q, k, v = _rows(q, kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q_wide, k_wide = q.to(wide), k.to(wide)
+        out = torch.empty(shape, dtype=q.dtype)
+        for first, end in _blocks(shape):
+            seen = _probabilities(q_wide, k_wide, first, end, shape).to(v.dtype)
+            _block(out, first, end).copy_(torch.bmm(seen, v[:, :end]).view(batch, kv_heads, end - first, -1, width))
+        ctx.save_for_backward(q, k, v)
+        ctx.shape = shape
+        return out.flatten(2, 3).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        batch, length, kv_heads, group, width = shape = ctx.shape
+        gradient = _rows(gradients[0], kv_heads)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q_wide, k_wide = q.to(wide), k.to(wide)
+        dq = torch.empty(shape, dtype=q.dtype)
+        dk, dv = (torch.zeros(k.shape, dtype=wide) for _ in range(2))
+        for first, end in _blocks(shape):
+            rows = slice(first * group, end * group)
+            seen = _probabilities(q_wide, k_wide, first, end, shape).to(v.dtype)
+            dv[:, :end] += torch.bmm(seen.transpose(1, 2), gradient[:, rows])
+            d_seen = torch.bmm(gradient[:, rows], v[:, :end].transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_seen, seen, -1, seen.dtype)
+            _block(dq, first, end).copy_(torch.bmm(d_scores, k[:, :end]).view(batch, kv_heads, -1, group, width))
+            dk[:, :end] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
+        scale = 1 / math.sqrt(width)
+        dk.mul_(scale)
+        dk, dv = (part.view(batch, kv_heads, length, width).to(k.dtype) for part in (dk, dv))
+        return dq.mul_(scale).flatten(2, 3).transpose(1, 2), dk, dv
+
+
+def _rows(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, heads, tokens, head_dim] as [batch * kv_heads, tokens * heads / kv_heads, head_dim]."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def _blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    batch, length, kv_heads, group, _ = shape
+    low, high = _ROWS
+    rows = max(low, min(high, _SCORES // (batch * kv_heads * group * length)))
+    return [(first, min(first + rows, length)) for first in range(0, length, rows)]
+
+
+def _block(x: Tensor, first: int, end: int) -> Tensor:
+    """Positions `first` to `end` of `x`, [batch, tokens, kv_heads, group, head_dim], with kv_heads before tokens."""
+    return x[:, first:end].transpose(1, 2)
+
+
+def _probabilities(q: Tensor, k: Tensor, first: int, end: int, shape: tuple[int, ...]) -> Tensor:
+    """What the positions `first` to `end` attend to, in the inputs' type: [batch * kv_heads, rows, end]."""
+    group, width = shape[3:]
+    scores = torch.bmm(q[:, first * group : end * group], k[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(width))
+    later = torch.full((end - first, end - first), -math.inf, dtype=q.dtype).triu_(1).unsqueeze(1)
+    scores.view(len(k), end - first, group, end)[..., first:] += later
+    return torch.softmax(scores, -1)
