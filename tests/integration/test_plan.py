@@ -20,7 +20,7 @@ TASKS = [
 SETTINGS = {"k": 4, "lora_rank": 8, "lr": 1e-3, "max_model_len": 2048, "dtype": "float32"}
 LIMIT = 12
 MOST_OFF = 0.2
-TRIES = 2  # another process may come in between on a machine that is not ours alone
+TRIES = 3  # another process may come in between on a machine that is not ours alone
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def planned(model, folder, seed, permutations, capsys):
 
 
 def test_the_plan_of_two_workers_is_what_they_take(model, tmp_path, capsys):
-    """Another draw of the demonstrations, and twice the permutations, of which the rates know nothing.
+    """Another draw of the demonstrations, and more permutations, of which the rates know nothing.
 
     The first run starts the workers and their engines, and its fits are slower than all that follow.
     """
@@ -78,10 +78,10 @@ def test_the_plan_of_two_workers_is_what_they_take(model, tmp_path, capsys):
 
     try:
         run(model, tmp_path / "42", 42, 5)
-        run(model, tmp_path / "43", 43, 15)
+        run(model, tmp_path / "43", 43, 30)
         for seed in range(44, 44 + TRIES):
-            plan = planned(model, tmp_path / f"{seed - 1}", seed, 30, capsys)
-            took = run(model, tmp_path / f"{seed}", seed, 30)
+            plan = planned(model, tmp_path / f"{seed - 1}", seed, 40, capsys)
+            took = run(model, tmp_path / f"{seed}", seed, 40)
             if abs(plan / took - 1) <= MOST_OFF:
                 break
         assert plan == pytest.approx(took, rel=MOST_OFF)
