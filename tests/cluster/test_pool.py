@@ -2,10 +2,7 @@
 
 import importlib.util
 import os
-import re
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -49,6 +46,13 @@ def test_a_store_that_cannot_be_written(tmp_path):
     assert "choose another folder" in said(StoreError, lambda: pool._mark(tmp_path / "file" / "store"))
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cores"), [([8], 2, 4), ([8], 3, 2), ([1, 1], 2, 1), ([4, 2], 2, 2), ([2, 2, 2], 2, 2)]
+)
+def test_each_worker_gets_the_cores_that_a_node_has_for_it(nodes, workers, cores):
+    assert pool.most_cores(nodes, workers) == cores
+
+
 @pytest.mark.integration
 def test_an_address_at_which_something_else_answers(monkeypatch):
     pytest.importorskip("ray")
@@ -57,38 +61,6 @@ def test_an_address_at_which_something_else_answers(monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         assert "no Ray cluster answers" in said(ClusterError, connect)
     assert time.monotonic() - start < 30
-
-
-JOIN = """
-from ttt_harness.cluster.pool import Pool
-import ray
-pool = Pool(3)
-print(ray.get_runtime_context().gcs_address)
-pool.close()
-assert not ray.is_initialized()
-"""
-
-
-@pytest.mark.integration
-def test_a_cluster_that_runs_is_joined_and_left_running():
-    """In a process of its own, as a user's: Ray reads its settings when it is imported."""
-    pytest.importorskip("ray")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
-    with subprocess.Popen([*start, f"--port={port}", "--num-cpus=3"], stdout=subprocess.PIPE, text=True) as head:
-        try:
-            address = None
-            while address is None:
-                address = re.search(rf"[\d.]+:{port}", head.stdout.readline())
-            environment = {**os.environ, "RAY_ADDRESS": address[0]}
-            for _ in range(2):  # it runs on when the first has left
-                joined = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True)
-                assert joined.returncode == 0, joined.stderr
-                assert joined.stdout.strip() == address[0]
-        finally:
-            head.terminate()
-            head.stdout.read()
 
 
 @pytest.mark.integration

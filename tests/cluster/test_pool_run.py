@@ -32,9 +32,9 @@ class Group:
 class Sleeper(Worker):
     """A worker that fits and answers by sleeping; `worker_args` tell how long, and who dies."""
 
-    def start(self, model_args, mark):
+    def start(self, model_args, mark, _):
         self._store = mark.parent if mark.exists() and not model_args.get("elsewhere") else None
-        return Circumstances({"torch": "1"}, "cpu", "float32", model_args["base_model"]), self._store is not None
+        return Circumstances("cpu", "float32", model_args["base_model"]), self._store is not None
 
     def _die(self, model_args, what, task):
         flag = Path(model_args["flags"]) / f"{what}-{task}"
@@ -83,8 +83,9 @@ def made():
 @pytest.fixture
 def run(made, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "Worker", Sleeper)
-    ours = Circumstances({"torch": "1"}, "cpu", "float32", "m")
+    ours = Circumstances("cpu", "float32", "m")
     monkeypatch.setattr(pool.Circumstances, "of", lambda _: ours)
+    monkeypatch.setattr(pool, "versions", dict)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     (tmp_path / "flags").mkdir()
 

@@ -1,6 +1,7 @@
-"""A sweep on a real SLURM cluster: one node, this machine, started here with a configuration of its own."""
+"""A real SLURM cluster on this machine, started here with a configuration of its own: a sweep, and a run with Ray."""
 
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -23,8 +24,7 @@ SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,max_model_len=1024,dtype=
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -36,13 +36,13 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 KillWait=1
 SchedulerParameters=bf_interval=1,sched_interval=1
 RequeueExit=200
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60
 """
 
@@ -64,25 +64,31 @@ def wait_for(condition, seconds):
 
 
 @pytest.fixture
-def slurm(tmp_path_factory):
-    """The environment in which SLURM's commands reach the cluster."""
-    folder = tmp_path_factory.mktemp("slurm")
+def slurm(request, tmp_path_factory):
+    """The environment in which SLURM's commands reach the cluster, of as many nodes as the test asks for, or one."""
+    folder, count = tmp_path_factory.mktemp("slurm"), getattr(request, "param", 1)
     host = socket.gethostname().partition(".")[0]
+    names = [host] if count == 1 else [f"node{number}" for number in range(count)]
+    port, *ports = free_ports(1 + count)
+    node = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={} CPUs={} State=UNKNOWN"
+    nodes = [node.format(name, host, its_port, 2 // count) for name, its_port in zip(names, ports, strict=True)]
     (folder / "slurm.conf").write_text(
-        CONFIG.format(host=host, ports=free_ports(2), user=getpass.getuser(), folder=folder)
+        CONFIG.format(host=host, port=port, nodes="\n".join(nodes), user=getpass.getuser(), folder=folder)
     )
-    for name in ("state", "spool"):
+    for name in ("state", *(f"spool-{name}" for name in names)):
         (folder / name).mkdir()
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     processes = []
     try:
-        for daemon in ("slurmctld", "slurmd"):
-            with (folder / f"{daemon}.log").open("w") as log:
-                processes.append(subprocess.Popen([daemon, "-D", "-c"], env=environment, stdout=log, stderr=log))
+        for daemon in (["slurmctld"], *(["slurmd", *(["-N", name] if count > 1 else [])] for name in names)):
+            with (folder / f"{'-'.join(daemon)}.log").open("w") as log:
+                processes.append(subprocess.Popen([*daemon, "-D", "-c"], env=environment, stdout=log, stderr=log))
 
         def idle():
-            sinfo = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
-            return sinfo.stdout.strip() == "idle"
+            if count > 1 and processes[0].poll() is not None:
+                pytest.skip("this build of SLURM runs one slurmd on a machine (no --enable-multiple-slurmd)")
+            sinfo = subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environment, capture_output=True, text=True)
+            return sinfo.stdout.strip() == f"idle {count}"
 
         wait_for(idle, 30)
         yield environment
@@ -155,3 +161,43 @@ def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model
     assert "Stopped at ttt" in said
     told = sweep(*grid, *submit).stderr
     assert "6 of 6 cells are done, 0 are queued or running: skipped." in told
+
+
+@pytest.mark.parametrize("slurm", [2], indirect=True)
+def test_one_run_on_two_nodes_of_a_job(slurm, tiny_model, tmp_path):
+    """Each node has one core, so that two workers are one on each."""
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("ray")
+    slurm["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{slurm['PATH']}"  # as in an activated environment
+    log = tmp_path / "job.log"
+
+    def job(*command):
+        script = subprocess.run(["ttt-harness", "ray-in-slurm"], env=slurm, capture_output=True, text=True, check=True)
+        return ["sbatch", "--nodes=2", "--time=10", f"--output={log}", script.stdout.strip(), *command]
+
+    def left():
+        """The processes of jobs: all that know the cluster, but the daemons."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SLURM_CONF") == slurm["SLURM_CONF"] and "SLURM_JOB_ID" in process.environ():
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    settings = f"pretrained={tiny_model},adapter_dir={tmp_path / 'adapters'},data_parallel_size=2,{SETTINGS}"
+    run = ["lm_eval", "--model", "ttt_vllm", "--model_args", settings, "--limit", "4", "--output_path", str(tmp_path)]
+    submit = job(*run, "--tasks", "procedural_ttt_boolean_expressions,procedural_ttt_navigate")
+    ended = subprocess.run([*submit[:1], "--wait", *submit[1:]], env=slurm, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr + log.read_text()
+    (results,) = tmp_path.rglob("results_*.json")
+    assert len(json.loads(results.read_text())["config"]["ttt"]["tasks"]) == 2
+    wait_for(lambda: not left(), 20)
+
+    mark = tmp_path / "mark"
+    submitted = subprocess.run(job("sh", "-c", f"touch {mark}; sleep 500"), env=slurm, check=True, capture_output=True)
+    wait_for(mark.exists, 60)
+    assert left()
+    subprocess.run(["scancel", submitted.stdout.split()[-1].decode()], env=slurm, check=True)
+    wait_for(lambda: not left(), 30)

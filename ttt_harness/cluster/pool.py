@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_harness.cluster.schedule import Piece, Schedule, Task
-from ttt_harness.cluster.worker import Board, Circumstances, Worker
+from ttt_harness.cluster.worker import Board, Circumstances, Worker, versions
 from ttt_harness.errors import ClusterError, ConfigError, StoreError, TTTError
 from ttt_harness.harness.progress import RunProgress
 from ttt_harness.serving.environment import environment_as_given
@@ -64,20 +64,22 @@ class Pool:
 
     def _resources(self, workers: int, gpus_per_worker: int) -> dict[str, Any]:
         """What each actor asks Ray for."""
-        there = _ray().cluster_resources()
-        gpus, cores = int(there.get("GPU", 0)), int(there.get("CPU", 1))
-        if gpus:
-            if workers * gpus_per_worker > gpus:
+        nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+        gpus, cores = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
+        if any(gpus):
+            places = sum(count // gpus_per_worker for count in gpus)
+            if workers > places:
                 each = f" with tensor_parallel_size={gpus_per_worker}" if gpus_per_worker > 1 else ""
+                where = f" on {len(gpus)} nodes" if len(gpus) > 1 else ""
                 raise ConfigError(
-                    f"data_parallel_size={workers} is not allowed{each}: there are {gpus} GPUs; use at most "
-                    f"{gpus // gpus_per_worker}."
+                    f"data_parallel_size={workers} is not allowed{each}: there are {sum(gpus)} GPUs{where}; use at "
+                    f"most {places}."
                 )
             return {"num_cpus": 0, "num_gpus": gpus_per_worker}
-        if workers > cores:
-            raise ConfigError(f"data_parallel_size={workers} is not allowed: there are {cores} cores and no GPU.")
-        threads = str(cores // workers)
-        return {"num_cpus": cores // workers, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}}}
+        if workers > sum(cores):
+            raise ConfigError(f"data_parallel_size={workers} is not allowed: there are {sum(cores)} cores and no GPU.")
+        threads = most_cores(cores, workers)
+        return {"num_cpus": threads, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""
@@ -165,27 +167,24 @@ class Pool:
         """
         if anew or number not in self._workers:
             self._workers[number] = _ray().remote(Worker).options(**self._options).remote(number, self._board)
-        return self._workers[number].start.remote(model.worker_args, self._mark)
+        return self._workers[number].start.remote(model.worker_args, self._mark, versions())
 
     def is_ready(self, number: int, reference: Any, model: "TTTVLLM") -> None:
         """Take note of a worker that has started.
 
         Raises:
-            ClusterError: it has other versions, another device or another model than the driver, or has not started.
+            TTTError: it has other versions, another device or another model than the driver, or has not started.
         """
         try:
             theirs, self._sees_store[number] = _ray().get(reference)
         except _ray().exceptions.RayTaskError as error:
             raise _cause(error, f"worker {number}") from None
         except _ray().exceptions.RayError as error:
-            raise ClusterError(f"worker {number} could not be started: {_first_line(error)}") from None
+            reason = _first_line(error)
+            if getattr(error, "actor_init_failed", False):  # at its imports: what failed is at the end
+                reason = f"{str(error).strip().splitlines()[-1]}; its node needs the packages of this environment."
+            raise ClusterError(f"worker {number} could not be started: {reason}") from None
         ours = Circumstances.of(model)
-        for name in ours.versions:
-            if theirs.versions.get(name) != ours.versions[name]:
-                raise ClusterError(
-                    f"{name} is {theirs.versions.get(name)} on the node of worker {number}, and {ours.versions[name]} "
-                    "here; install the same on both."
-                )
         for what in ("device", "dtype", "base_model"):
             if getattr(theirs, what) != getattr(ours, what):
                 raise ClusterError(
@@ -208,6 +207,14 @@ class Pool:
         except _ray().exceptions.RayError:  # its node is lost; the answers do not depend on it
             self._board = _ray().remote(Board).options(num_cpus=0).remote()
             return {}
+
+
+def most_cores(nodes: Sequence[int], workers: int) -> int:
+    """The most cores that each of the workers can have, on nodes with these numbers of cores; a worker is on one node.
+
+    There are at least as many cores as workers.
+    """
+    return next(most for most in range(max(nodes), 0, -1) if sum(cores // most for cores in nodes) >= workers)
 
 
 class _Run:

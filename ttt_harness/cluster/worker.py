@@ -5,6 +5,7 @@ groups of requests that it is handed are the driver's, so that both name an adap
 """
 
 import contextlib
+import os
 import socket
 import tempfile
 import time
@@ -15,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt_harness.errors import StoreError
+from ttt_harness.config import TTTConfig
+from ttt_harness.errors import ClusterError, StoreError
 from ttt_harness.harness.progress import Display, RunProgress, showing
 
 if TYPE_CHECKING:
@@ -25,11 +27,17 @@ SECONDS_BETWEEN_REPORTS = 0.5
 PACKAGES = ("ttt-harness", "lm-eval", "torch", "torchtune", "transformers")
 
 
+def versions() -> dict[str, str]:
+    """Of the packages on which a worker's results depend."""
+    from vllm import __version__ as vllm_version
+
+    return {name: version(name) for name in PACKAGES} | {"vllm": vllm_version}
+
+
 @dataclass(frozen=True)
 class Circumstances:
-    """What a worker's results depend on besides its orders, to be held against the driver's."""
+    """What a worker's results depend on besides its orders and its versions, to be held against the driver's."""
 
-    versions: Mapping[str, str]
     device: str
     dtype: str
     base_model: str
@@ -37,10 +45,7 @@ class Circumstances:
     @classmethod
     def of(cls, model: "TTTVLLM") -> "Circumstances":
         """Those of the process that `model` lives in."""
-        from vllm import __version__ as vllm_version
-
-        versions = {name: version(name) for name in PACKAGES} | {"vllm": vllm_version}
-        return cls(versions, model.fit_device, model.dtype_name, model.base_model_hash)
+        return cls(model.fit_device, model.dtype_name, model.base_model_hash)
 
 
 class Worker:
@@ -62,31 +67,46 @@ class Worker:
         """The name of its machine."""
         return socket.gethostname()
 
-    def start(self, model_args: Mapping[str, Any], mark: Path) -> tuple[Circumstances, bool]:
+    def start(
+        self, model_args: Mapping[str, Any], mark: Path, driver_versions: Mapping[str, str]
+    ) -> tuple[Circumstances, bool]:
         """Make the model, without loading it yet.
 
         Args:
             model_args: of `TTTVLLM`.
             mark: a file that the driver has made in its store.
+            driver_versions: the driver's `versions()`.
 
         Returns:
             What the results depend on, and whether this machine sees the driver's store.
 
         Raises:
+            ClusterError: this machine has other versions.
             TTTError: the model is not there or cannot be used, or the store cannot be written.
         """
-        self._store = mark.parent if mark.exists() else None
-        model = self._model_with(model_args)
+        self._store = mark.parent if os.path.exists(mark) else None  # Path.exists raises where it may not look
+        self._check_store()
+        for name, here in versions().items():
+            if here != driver_versions[name]:
+                raise ClusterError(
+                    f"{name} is {here} on {self.node()}, and {driver_versions[name]} where the run was started; "
+                    "install the same on both."
+                )
+        return Circumstances.of(self._model_with(model_args)), self._store is not None
+
+    def _check_store(self) -> None:
+        """Raises StoreError where adapters cannot be kept on this machine."""
+        store, remedy = self._store, "choose another folder with adapter_dir="
+        if store is None:
+            store, remedy = TTTConfig().adapter_store, "set TTT_CACHE_DIR there to another folder"
         try:
-            model.store.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=model.store.root):
+            store.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=store):
                 pass
         except OSError as error:
             raise StoreError(
-                f"the adapter store {model.store.root} cannot be written on {self.node()}: {error.strerror}; "
-                "choose another folder with adapter_dir=."
+                f"the adapter store {store} cannot be written on {self.node()}: {error.strerror}; {remedy}."
             ) from None
-        return Circumstances.of(model), self._store is not None
 
     def fit(self, model_args: Mapping[str, Any], group: Any) -> tuple[dict[str, Any], dict[str, bytes] | None]:
         """Have the group's adapter in the store.

@@ -264,6 +264,23 @@ def _model(_: argparse.Namespace) -> int:
     return 0
 
 
+def _add_ray_in_slurm(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "ray-in-slurm",
+        help="print where the script is that has one run use several nodes of a SLURM cluster",
+        description="Print the path of a script for sbatch, which starts Ray on each node of its job and then runs a "
+        "command: sbatch --nodes=4 --gpus-per-node=8 $(ttt-harness ray-in-slurm) lm_eval ...",
+    )
+    parser.set_defaults(run=_ray_in_slurm)
+
+
+def _ray_in_slurm(_: argparse.Namespace) -> int:
+    import ttt_harness.cluster
+
+    print(Path(ttt_harness.cluster.__file__).with_name("ray_in_slurm.sh"))
+    return 0
+
+
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_sweep,
     _add_plan,
@@ -271,6 +288,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_compare,
     _add_report,
     _add_model,
+    _add_ray_in_slurm,
 )
 
 if __name__ == "__main__":
