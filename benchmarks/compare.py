@@ -362,12 +362,14 @@ class Benchmark:
         }
 
     def _adapter(self, folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
-        work = self.workload.tasks(self.settings.tasks)
-        return self._passes(folder, "adapter", mine, work, [False, True] * PASSES, {})
+        return self._passes(folder, "adapter", mine, self._served(mine), [False, True] * PASSES, {})
 
     def _prefix(self, folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
-        work = [task for task in self.compared if task.name in mine["tasks"]]
-        return self._passes(folder, "prefix", mine, work, [True], {"enable_prefix_caching": False})
+        return self._passes(folder, "prefix", mine, self._served(mine), [True], {"enable_prefix_caching": False})
+
+    def _served(self, mine: dict[str, Any]) -> list[TaskWork]:
+        """The tasks of the comparison that this project has fitted."""
+        return [task for task in self.compared if task.name in mine["tasks"]]
 
     def _memory(self, folder: Path, name: str, sequences: Sequence[Any]) -> dict[str, Any]:
         return memory.fit_peak(
