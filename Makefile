@@ -1,5 +1,6 @@
 # make demo      set up what is missing, then see test-time training work
-# make test      set up what is missing, then run every check and test
+# make test      set up what is missing, then run the checks and all tests but those of real engines (minutes)
+# make test-all  the same with those of real engines and whole runs (three quarters of an hour on 2 cores); CI's make test
 # make check     the checks alone: ruff and mypy
 # make install   set up what is missing: .venv, with the CPU or the GPU stack (override: make install STACK=cpu)
 # make bench     set up what is missing, then measure this project beside the original pipeline (benchmarks/README.md);
@@ -19,12 +20,15 @@ export TTT_BBH_DIR := $(abspath ../shared/bbh)
 endif
 endif
 
-.PHONY: demo test check bench bench-growth install clean
+.PHONY: demo test test-all check bench bench-growth install clean
 
 demo: install
 	$(PY) -m ttt_harness.demo
 
 test: check
+	$(PY) -m pytest $(if $(CI),,-m "not integration")
+
+test-all: check
 	$(PY) -m pytest
 
 check: install

@@ -201,7 +201,7 @@ def serve(
         process.python("benchmarks.serve", folder / "order.json", folder / "answer.json"),
         log=folder / "log.txt",
         limit=limit,
-        env={"VLLM_PLUGINS": "ttt_cpu_lora" if own_kernels else "", "VLLM_CPU_KVCACHE_SPACE": "4"},
+        env={"VLLM_PLUGINS": "ttt_harness" if own_kernels else "", "VLLM_CPU_KVCACHE_SPACE": "4"},
     )
     answer = json.loads((folder / "answer.json").read_text())
     (only,) = answer["passes"]

@@ -15,7 +15,7 @@ from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, labelled_logits
+from ttt_harness.training.trainer import Trainer, labelled_states
 
 FIT = {"batch_size": 2, "epochs": 3, "lr": 2e-2, "warmup_ratio": 0.0, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
@@ -83,7 +83,7 @@ def test_trained_logits_are_those_of_transformers_and_peft(name, checkpoint, seq
     trainer.model.eval()
     with torch.no_grad():
         trained = trainer.model(tokens)
-        of_labels = labelled_logits(trainer.model, tokens, labelled)
+        of_labels = trainer.model.output(labelled_states(trainer.model, tokens, labelled))
         served = PeftModel.from_pretrained(base, tmp_path)(tokens).logits
     torch.testing.assert_close(trained, served, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(of_labels, served[:, :-1][labelled[:, 1:]], rtol=1e-3, atol=1e-3)
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_transformers_and_peft(name, checkpoint, sequence
     write_adapter(tmp_path, trainer.fit(sequences, **FIT).weights, base_model=str(checkpoint(name)), **LORA)
     trainer.model.eval()  # without dropout, whose random numbers differ
     tokens, labelled = torch.tensor([sequences[1].tokens]), torch.tensor([sequences[1].labelled])
-    ours = labelled_logits(trainer.model, tokens, labelled)
+    ours = trainer.model.output(labelled_states(trainer.model, tokens, labelled))
     functional.cross_entropy(ours, tokens[labelled]).backward()
     served = PeftModel.from_pretrained(transformers_model(checkpoint(name)), tmp_path, is_trainable=True).eval()
     theirs = served(tokens).logits[:, :-1][labelled[:, 1:]]
@@ -125,7 +125,7 @@ def test_capped_scores_are_not_kept_for_the_gradient(checkpoint):
         labelled = torch.ones_like(tokens, dtype=torch.bool)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            labelled_logits(model, tokens, labelled)
+            labelled_states(model, tokens, labelled)
         kept.append(sum(sizes))
     assert kept[1] < 2.2 * kept[0]
 

@@ -8,7 +8,7 @@ from torchtune.modules.peft import get_adapter_params
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, labelled_logits
+from ttt_harness.training.trainer import Trainer, labelled_states
 
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
@@ -65,20 +65,22 @@ def test_global_random_numbers_are_left_alone(trainer, sequences):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_labelled_logits_are_rows_of_all_logits(trainer, sequences):
+def test_states_of_labelled_tokens_give_rows_of_all_logits(trainer, sequences):
     trainer.fit(sequences, **FIT)
     trainer.model.eval()
     tokens = torch.tensor([sequences[0].tokens])
     labelled = torch.tensor([sequences[0].labelled])
     with torch.no_grad():
         every = trainer.model(tokens)
-        some = labelled_logits(trainer.model, tokens, labelled)
+        some = trainer.model.output(labelled_states(trainer.model, tokens, labelled))
     torch.testing.assert_close(some, every[:, :-1][labelled[:, 1:]])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, monkeypatch, max_tokens):
+@pytest.mark.parametrize("logits", [1, 700, 2**23])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, monkeypatch, max_tokens, logits):
     monkeypatch.setattr(trainer, "max_tokens", max_tokens)  # 1: every sequence alone, its layers recomputed
+    monkeypatch.setattr("ttt_harness.training.trainer.LOGITS", logits)  # 1: every position alone
     torch.manual_seed(0)
     trainer._reset()
     trainer.model.eval()  # no dropout, whose random numbers fall elsewhere in other micro-batches
@@ -111,12 +113,12 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(traine
     room = 50
 
     def limited(model, tokens, labelled, *, recompute=False):
-        logits = labelled_logits(model, tokens, labelled, recompute=recompute)
+        states = labelled_states(model, tokens, labelled, recompute=recompute)
         if tokens.numel() > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return logits
+        return states
 
-    monkeypatch.setattr("ttt_harness.training.trainer.labelled_logits", limited)
+    monkeypatch.setattr("ttt_harness.training.trainer.labelled_states", limited)
     monkeypatch.setattr(trainer, "max_tokens", 200)
     assert trainer._backward_within_memory(sequences) == pytest.approx(loss, rel=1e-5)
     assert trainer.max_tokens == 50
@@ -135,8 +137,8 @@ def test_recomputed_layers_draw_the_same_dropout(trainer, sequences):
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        logits = labelled_logits(trainer.model, tokens, labelled, recompute=recompute)
-        gradients.append(torch.autograd.grad(logits.logsumexp(-1).sum(), adapter))
+        states = labelled_states(trainer.model, tokens, labelled, recompute=recompute)
+        gradients.append(torch.autograd.grad(trainer.model.output(states).logsumexp(-1).sum(), adapter))
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, recomputed)
 

@@ -98,12 +98,8 @@ def bgmv_expand_slice(
             output_tensor[rows, columns] = product
 
 
-def register() -> None:
-    """Put the grouped kernels in the place of vLLM's, on a CPU. Safe to call twice."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
+def install() -> None:
+    """Put the grouped kernels in the place of vLLM's. Safe to call twice."""
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 

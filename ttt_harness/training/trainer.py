@@ -33,6 +33,8 @@ from ttt_harness.training.fused import fuse
 WEIGHT_DECAY = 0.01
 # Activations may take as much memory as the base weights, and this much (bytes) in any case.
 ACTIVATION_BYTES = 768 * 2**20
+# So many logits at a time, in float32: 64 MiB, and as much again for their gradient and their exponentials.
+LOGITS = 2**24
 
 _log = logging.getLogger(__name__)
 
@@ -159,11 +161,29 @@ class Trainer:
         total = 0.0
         for part in _micro_batches(batch, self.max_tokens):
             tokens, labelled = _pad(part, self.device)
-            logits = labelled_logits(self.model, tokens, labelled, recompute=tokens.numel() > self.max_tokens)
-            loss = functional.cross_entropy(logits, tokens[labelled], reduction="sum") / labels
-            loss.backward()
-            total += loss.item()
+            states = labelled_states(self.model, tokens, labelled, recompute=tokens.numel() > self.max_tokens)
+            total += self._backward_through_logits(states, tokens[labelled], labels)
         return total
+
+    def _backward_through_logits(self, states: Tensor, targets: Tensor, labels: int) -> float:
+        """Backward from the cross-entropy of `targets`, summed and divided by `labels`; returns that loss.
+
+        The logits of some positions at a time: of a large vocabulary, those of all would take more memory than the
+        layers.
+        """
+        loss = torch.zeros((), device=states.device)
+        gradient = torch.empty_like(states)
+        positions = max(1, LOGITS // self.shape.vocab_size)
+        for some, gradient_of_some, wanted in zip(
+            states.detach().split(positions), gradient.split(positions), targets.split(positions), strict=True
+        ):
+            some.requires_grad_()
+            part = functional.cross_entropy(self.model.output(some).float(), wanted, reduction="sum") / labels
+            (of_some,) = torch.autograd.grad(part, some)
+            gradient_of_some.copy_(of_some)
+            loss += part.detach()
+        states.backward(gradient)
+        return loss.item()
 
 
 @functools.lru_cache(maxsize=1)
@@ -180,8 +200,8 @@ def release_trainer() -> None:
         torch.cuda.empty_cache()
 
 
-def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:
-    """The logits that predict the labelled tokens, and no others.
+def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:
+    """The last hidden states before the labelled tokens, from which `model.output` predicts these.
 
     Args:
         model: a torchtune decoder.
@@ -191,13 +211,12 @@ def labelled_logits(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
             time, a fraction of the memory.
 
     Returns:
-        float32 logits of shape [labelled tokens, vocabulary], in the order of `tokens[labelled]`.
+        [labelled tokens, width], normalized, in the order of `tokens[labelled]`.
     """
     hidden = model.tok_embeddings(tokens)
     for layer in model.layers:
         hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
-    # The state before a token predicts it.
-    return model.output(model.norm(hidden[:, :-1][labelled[:, 1:]])).float()
+    return model.norm(hidden[:, :-1][labelled[:, 1:]])
 
 
 def _batches(
