@@ -91,14 +91,14 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _named_runs(given: Sequence[str]) -> "tuple[list[str | None], list[Run], list[str]]":
     """The runs that `PATH` or `NAME=PATH` arguments stand for, their names, and remarks for the reader."""
-    from ttt_harness.report.results import find_run
+    from ttt_harness.report.seeds import find_compared
 
     labels: list[str | None] = []
     runs, remarks = [], []
     for text in given:
         name, equals, path = text.partition("=")
         named = bool(equals and name and not Path(text).exists())
-        run, said = find_run(path if named else text)
+        run, said = find_compared(path if named else text)
         labels.append(name if named else None)
         runs.append(run)
         remarks += said

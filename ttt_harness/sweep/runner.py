@@ -152,12 +152,12 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
             stack.enter_context(showing(display))
         try:
             for cell in todo:
-                display.begin(cell.name)
                 with _logged(cell.log(root)) if logs else contextlib.nullcontext():
+                    display.begin(cell.name)
                     reason = _run(cell, root, execute, trace=logs)
+                    display.end(f"failed: {reason}" if reason else "done", measured=not reason)
                 if reason:
                     failed[cell.name] = reason
-                display.end(f"failed: {reason}" if reason else "done", measured=not reason)
         except KeyboardInterrupt:
             display.print(f"Stopped at {cell.name}. The same command goes on from there.")
             return 130

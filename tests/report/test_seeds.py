@@ -1,0 +1,66 @@
+"""Runs with several seeds are compared as one: a mean over the seeds for each question."""
+
+import pytest
+
+from tests.report.runs import ttt, write_run
+from ttt_harness.errors import ReportError
+from ttt_harness.report.compare import compare_runs
+from ttt_harness.report.results import find_run
+from ttt_harness.report.seeds import find_compared
+
+SCORES = {42: [0, 0, 1, 0, 1, 1], 43: [0, 1, 1, 0, 0, 1]}
+BETTER = {42: [1, 0, 1, 0, 1, 1], 43: [1, 1, 1, 1, 0, 1]}
+
+
+def write(folder, scores, question=lambda task, i: f"{task} question {i}", seeds=(42, 43), **more):
+    for seed in seeds:
+        write_run(folder / f"seed{seed}", {"task": scores[seed]}, metadata={"seed": seed}, question=question, **more)
+    return folder
+
+
+def test_a_questions_score_is_its_mean_over_the_seeds(tmp_path):
+    base, said = find_compared(write(tmp_path / "icl", SCORES))
+    other, _ = find_compared(write(tmp_path / "ttt", BETTER, ttt=ttt(["task"])))
+    assert "seeds 42, 43" in said[0]
+    (row,) = compare_runs(base, [other]).others[0].rows
+    assert row.paired
+    assert (row.n, row.won, row.lost) == (6, 2, 0)
+    assert row.base.value == pytest.approx(6 / 12)
+    assert row.other.value == pytest.approx(9 / 12)
+    assert row.difference.value == pytest.approx(3 / 12)
+    assert row.difference.test == "bootstrap_paired"
+
+
+def test_a_question_that_one_seed_shows_as_a_demonstration_counts_with_the_others(tmp_path):
+    """Of seven questions seed 42 asks the first six, seed 43 the last six."""
+    runs = []
+    for name, scores in (("icl", SCORES), ("ttt", BETTER)):
+        for seed, first in ((42, 0), (43, 1)):
+            write(tmp_path / name, scores, lambda task, i, first=first: f"{task} question {i + first}", seeds=(seed,))
+        runs.append(find_compared(tmp_path / name)[0])
+    (row,) = compare_runs(*runs[:1], runs[1:]).others[0].rows
+    assert row.n == 7
+    means = [0, 0, 1, 0.5, 0.5, 0.5, 1]  # question 1: seed 42's second and seed 43's first, and so on
+    assert row.base.value == pytest.approx(sum(means) / 7)
+
+
+def test_other_seeds_are_refused(tmp_path):
+    base, _ = find_compared(write(tmp_path / "icl", SCORES))
+    other, _ = find_compared(write(tmp_path / "ttt", {**BETTER, 44: BETTER[43]}, seeds=(42, 44)))
+    with pytest.raises(ReportError, match="same seed"):
+        compare_runs(base, [other])
+
+
+def test_runs_of_several_methods_are_not_one(tmp_path):
+    write(tmp_path, SCORES, seeds=(42,))
+    write(tmp_path, BETTER, seeds=(43,), ttt=ttt(["task"]))
+    assert find_compared(tmp_path)[1] == find_run(tmp_path)[1]
+    assert "took the newest" in find_compared(tmp_path)[1][0]
+
+
+def test_without_samples_the_runs_scores_are_averaged(tmp_path):
+    base, _ = find_compared(write(tmp_path / "icl", SCORES, samples=False))
+    other, _ = find_compared(write(tmp_path / "ttt", BETTER, samples=False))
+    (row,) = compare_runs(base, [other]).others[0].rows
+    assert not row.paired
+    assert row.difference.value == pytest.approx(3 / 12)

@@ -1,0 +1,108 @@
+"""The runs of one method with several seeds, as one run: a question's score is its mean over the seeds that asked it.
+
+Seeds draw other demonstrations, so that the seeds' answers to one question are no separate questions. With one score
+for each question the tests of compare.py hold as they are.
+"""
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ttt_harness.report.results import Metric, Run, Sample, Score, find_run, find_runs
+
+
+@dataclass(frozen=True, eq=False)
+class SeedsRun(Run):
+    """Runs that differ in the seed alone, under the interface of one; groups are left out."""
+
+    runs: tuple[Run, ...] = ()
+    _kept: dict[tuple[str, str], list[Sample]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def seeds(self) -> str:
+        """The seeds in rising order, "42, 43"."""
+        return ", ".join(map(str, sorted({_seed(run) for run in self.runs}, key=str)))
+
+    def metadata(self, task: str, key: str) -> Any:
+        """As of one run; all seeds for `seed`."""
+        return self.seeds if key == "seed" else super().metadata(task, key)
+
+    def questions(self, task: str) -> int | None:
+        """How many different questions were scored; without samples, how many in all runs."""
+        if self.has_samples(task):
+            return len(self.samples(task, self.metrics(task)[0].filter))
+        counts = [run.questions(task) for run in self.runs]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def has_samples(self, task: str) -> bool:
+        """Whether all runs have kept them."""
+        return all(run.has_samples(task) for run in self.runs)
+
+    def score(self, name: str, metric: Metric) -> Score:
+        """The mean over the questions; without samples, over the runs."""
+        scores = [run.score(name, metric) for run in self.runs]
+        samples = self.samples(name, metric.filter) if self.has_samples(name) else []
+        if samples and all(metric.name in sample.values for sample in samples):
+            values = [sample.values[metric.name] for sample in samples]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            return Score(statistics.fmean(values), error, scores[0].higher_is_better)
+        errors = [score.stderr for score in scores]
+        error = None if None in errors else math.hypot(*(e or 0.0 for e in errors)) / len(scores)
+        return Score(statistics.fmean(score.value for score in scores), error, scores[0].higher_is_better)
+
+    def samples(self, task: str, filter_name: str) -> list[Sample]:
+        """A sample for each question, without texts; its hash tells which seeds asked it."""
+        if (task, filter_name) not in self._kept:
+            asked: dict[tuple[str, int], dict[Any, Sample]] = defaultdict(dict)
+            for run in self.runs:
+                again: Counter[str] = Counter()  # a task may hold a question twice
+                for sample in run.samples(task, filter_name):
+                    asked[sample.doc_hash, again[sample.doc_hash]][_seed(run)] = sample
+                    again[sample.doc_hash] += 1
+            self._kept[task, filter_name] = [_mean(number, by_seed) for number, by_seed in enumerate(asked.values())]
+        return self._kept[task, filter_name]
+
+
+def find_compared(given: str | Path) -> tuple[Run, list[str]]:
+    """As `find_run`; but where a folder holds one method's runs with several seeds, all of them as one."""
+    by_seed = {_seed(run): run for run in find_runs(given)}  # the newest of each seed
+    runs = tuple(by_seed.values())
+    if len(runs) < 2 or len({_told(run) for run in runs}) > 1:
+        return find_run(given)
+    last = runs[-1]
+    raw = {**last.raw, "results": {task: last.raw["results"][task] for task in last.tasks}, "group_subtasks": {}}
+    run = SeedsRun(Path(given), raw, {}, runs=runs)
+    return run, [f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
+
+
+def _seed(run: Run) -> Any:
+    return run.metadata(run.tasks[0], "seed")
+
+
+def _told(run: Run) -> tuple[str, ...]:
+    """What runs have to have in common to differ in the seed alone."""
+    settings = {name: value for name, value in run.settings.items() if name != "seed"}
+    shots = [run.shots(task) for task in run.tasks]
+    limit = run.config.get("limit")
+    return tuple(map(str, (run.model, run.source, run.method, run.tasks, sorted(settings.items()), shots, limit)))
+
+
+def _mean(number: int, by_seed: dict[Any, Sample]) -> Sample:
+    order: Sequence[Any] = sorted(by_seed, key=str)
+    some = [by_seed[seed] for seed in order]
+    shared = set.intersection(*(set(sample.values) for sample in some))
+    return Sample(
+        doc_id=number,
+        doc_hash=f"{some[0].doc_hash} {order}",
+        prompt_hash=" ".join(sample.prompt_hash for sample in some),
+        prompt="",
+        target="",
+        answer="",
+        responses=(),
+        values={name: statistics.fmean(sample.values[name] for sample in some) for name in shared},
+    )
