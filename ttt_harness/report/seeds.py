@@ -26,7 +26,7 @@ class SeedsRun(Run):
     @cached_property
     def seeds(self) -> str:
         """The seeds in rising order, "42, 43"."""
-        return ", ".join(map(str, sorted({_seed(run) for run in self.runs}, key=str)))
+        return ", ".join(str(_seed(run)) for run in self.runs)
 
     def metadata(self, task: str, key: str) -> Any:
         """As of one run; all seeds for `seed`."""
@@ -71,11 +71,13 @@ class SeedsRun(Run):
 def find_compared(given: str | Path) -> tuple[Run, list[str]]:
     """As `find_run`; but where a folder holds one method's runs with several seeds, all of them as one."""
     by_seed = {_seed(run): run for run in find_runs(given)}  # the newest of each seed
-    runs = tuple(by_seed.values())
+    runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
     if len(runs) < 2 or len({_told(run) for run in runs}) > 1:
         return find_run(given)
     last = runs[-1]
-    raw = {**last.raw, "results": {task: last.raw["results"][task] for task in last.tasks}, "group_subtasks": {}}
+    results = {task: last.raw["results"][task] for task in last.tasks}
+    hashes = {task: [(run.raw.get("task_hashes") or {}).get(task) for run in runs] for task in last.tasks}
+    raw = {**last.raw, "results": results, "group_subtasks": {}, "task_hashes": hashes}
     run = SeedsRun(Path(given), raw, {}, runs=runs)
     return run, [f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
 
