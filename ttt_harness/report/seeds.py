@@ -70,10 +70,13 @@ class SeedsRun(Run):
 
 def find_compared(given: str | Path) -> tuple[Run, list[str]]:
     """As `find_run`; but where a folder holds one method's runs with several seeds, all of them as one."""
+    newest, remarks = find_run(given)
+    if not remarks:  # the only one
+        return newest, remarks
     by_seed = {_seed(run): run for run in find_runs(given)}  # the newest of each seed
     runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
     if len(runs) < 2 or len({_told(run) for run in runs}) > 1:
-        return find_run(given)
+        return newest, remarks
     last = runs[-1]
     results = {task: last.raw["results"][task] for task in last.tasks}
     hashes = {task: [(run.raw.get("task_hashes") or {}).get(task) for run in runs] for task in last.tasks}

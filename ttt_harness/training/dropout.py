@@ -12,23 +12,27 @@ import torch
 from torch import Tensor
 
 
-def dropout_with_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """Zero each element of `x` with probability `p`, 0 < p < 1.
+def dropout_with_mask(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, float]:
+    """Zero each element of `x` with probability `p`, 0 <= p < 1.
 
     The masks follow from torch's random state, so `torch.manual_seed` repeats them.
 
     Returns:
-        The result; what `dropout_gradient` needs of the mask; and the factor that the result is still to be multiplied
-        by for its mean to be that of `x`: on a GPU 1, as torch's kernel has done so.
+        The result; what `dropout_gradient` needs of the mask, None where `p` is 0; and the factor that the result is
+        still to be multiplied by for its mean to be that of `x`: on a GPU 1, as torch's kernel has done so.
     """
+    if not p:
+        return x, None, 1.0
     if x.device.type != "cpu":
         return *torch.native_dropout(x, p, True), 1.0
     places = _dropped_places(x.numel(), p)
     return _zeroed(x.clone(memory_format=torch.contiguous_format), places), places, 1 / (1 - p)
 
 
-def dropout_gradient(gradient: Tensor, mask: Tensor, p: float) -> Tensor:
+def dropout_gradient(gradient: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """The gradient of dropout's input, from that of its (unmultiplied) result, which may be changed in place."""
+    if mask is None:
+        return gradient
     if gradient.device.type != "cpu":
         return torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - p))
     return _zeroed(gradient.contiguous(), mask)

@@ -228,7 +228,7 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         frozen, trained = weights[: 2 * len(adapted)], weights[2 * len(adapted) :]
         a, b = torch.cat(trained[0::2]), trained[1::2]  # type: ignore[arg-type]
-        dropped, mask, gain = dropout_with_mask(x, p) if p else (x, None, 1.0)
+        dropped, mask, gain = dropout_with_mask(x, p)
         scale *= gain
         low = (dropped @ a.T).view(len(x), len(b), -1)  # [tokens, adapted layers, rank]
         outs, index = [], 0
@@ -255,9 +255,7 @@ class _Project(torch.autograd.Function):
             d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
         flat = torch.cat(d_low, 1) if len(d_low) > 1 else d_low[0]
         d_a = (flat.T @ dropped).chunk(len(b))
-        dx = flat @ a
-        if mask is not None:
-            dx = dropout_gradient(dx, mask, ctx.p)
+        dx = dropout_gradient(flat @ a, mask, ctx.p)
         for gradient, weight in zip(gradients, weights, strict=True):
             dx.addmm_(gradient, weight)
         trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
@@ -280,7 +278,7 @@ class _ProjectGated(torch.autograd.Function):
         b: Tensor,
     ) -> Tensor:
         hidden = _gated(gate, up)
-        dropped, mask, gain = dropout_with_mask(hidden, p) if p else (hidden, None, 1.0)
+        dropped, mask, gain = dropout_with_mask(hidden, p)
         low = dropped @ a.T
         ctx.save_for_backward(gate, up, mask, low, weight, a, b)
         ctx.p, ctx.scale = p, scale * gain
@@ -293,9 +291,7 @@ class _ProjectGated(torch.autograd.Function):
         d_low = torch.addmm(low[:1], gradient, b, beta=0, alpha=ctx.scale)
         d_b = (gradient.T @ low).mul_(ctx.scale)
         d_a = d_low.T @ _gated_dropped(gate, up, mask, ctx.p)
-        d_hidden = d_low @ a
-        if mask is not None:
-            d_hidden = dropout_gradient(d_hidden, mask, ctx.p)
+        d_hidden = dropout_gradient(d_low @ a, mask, ctx.p)
         d_gate, d_up = _gated_gradients(d_hidden.addmm_(gradient, weight), gate, up)
         return d_gate, d_up, None, None, None, None, d_a, d_b
 
@@ -308,8 +304,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 @_one_kernel
 def _gated_dropped(gate: Tensor, up: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Dropping with a mask that is there is what `dropout_gradient` does."""
-    hidden = functional.silu(gate) * up
-    return hidden if mask is None else dropout_gradient(hidden, mask, p)
+    return dropout_gradient(functional.silu(gate) * up, mask, p)
 
 
 @_one_kernel
