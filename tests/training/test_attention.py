@@ -28,8 +28,10 @@ def result_and_gradients(attend, tensors, gradient):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("length", [1, 31, 32, 100])
-def test_it_is_torchs_attention(monkeypatch, heads, kv_heads, length):
+@pytest.mark.parametrize("key_counts", [1, 3, 32])  # 1, 3: blocks meet keys of later positions too
+def test_it_is_torchs_attention(monkeypatch, heads, kv_heads, length, key_counts):
     monkeypatch.setattr(attention, "_ROWS", (8, 32))
+    monkeypatch.setattr(attention, "_KEY_COUNTS", key_counts)
     tensors, gradient = inputs(2, heads, kv_heads, length, 20, torch.float64)
     expected = result_and_gradients(plain, tensors, gradient)
     for one, other in zip(result_and_gradients(CausalAttention.apply, tensors, gradient), expected, strict=True):
@@ -47,3 +49,15 @@ def test_in_bfloat16_it_is_as_near_to_exact_as_torchs(scale):
 
     for error, torchs in zip(errors(CausalAttention.apply), errors(plain), strict=True):
         assert error < max(1.5 * torchs, 0.005)
+
+
+@pytest.mark.parametrize("length", [1, 600, 3_000, 8_192, 8_193, 20_000])
+def test_blocks_of_any_length_have_few_shapes(length):
+    blocks = list(attention._blocks((1, length, 3, 3, 64)))
+    firsts, ends, keys = zip(*blocks, strict=True)
+    assert firsts == (0, *ends[:-1])
+    assert ends[-1] == length
+    assert all(end <= seen <= length for end, seen in zip(ends, keys, strict=True))
+    assert len(set(keys)) <= 64
+    if length <= 3_000:
+        assert keys == ends

@@ -7,6 +7,7 @@ probabilities again, as in Dao et al., arXiv 2205.14135.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 # A block's scores should stay in the processor's cache.
 _SCORES = 2**21
 _ROWS = (32, 128)
+# A long sequence's blocks meet so many different numbers of keys, or up to twice as many: oneDNN keeps half a MiB of code
+# for each shape of a product, which for all numbers would be hundreds of MiB.
+_KEY_COUNTS = 32
 
 
 class CausalAttention(torch.autograd.Function):
@@ -32,9 +36,9 @@ class CausalAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         q_wide, k_wide = q.to(wide), k.to(wide)
         out = torch.empty(shape, dtype=q.dtype)
-        for first, end in _blocks(shape):
-            seen = _probabilities(q_wide, k_wide, first, end, shape).to(v.dtype)
-            _block(out, first, end).copy_(torch.bmm(seen, v[:, :end]).view(batch, kv_heads, end - first, -1, width))
+        for first, end, keys in _blocks(shape):
+            seen = _probabilities(q_wide, k_wide[:, :keys], first, end, shape).to(v.dtype)
+            _block(out, first, end).copy_(torch.bmm(seen, v[:, :keys]).view(batch, kv_heads, end - first, -1, width))
         ctx.save_for_backward(q, k, v)
         ctx.shape = shape
         return out.flatten(2, 3).transpose(1, 2)
@@ -48,14 +52,14 @@ class CausalAttention(torch.autograd.Function):
         q_wide, k_wide = q.to(wide), k.to(wide)
         dq = torch.empty(shape, dtype=q.dtype)
         dk, dv = (torch.zeros(k.shape, dtype=wide) for _ in range(2))
-        for first, end in _blocks(shape):
+        for first, end, keys in _blocks(shape):
             rows = slice(first * group, end * group)
-            seen = _probabilities(q_wide, k_wide, first, end, shape).to(v.dtype)
-            dv[:, :end] += torch.bmm(seen.transpose(1, 2), gradient[:, rows])
-            d_seen = torch.bmm(gradient[:, rows], v[:, :end].transpose(1, 2))
+            seen = _probabilities(q_wide, k_wide[:, :keys], first, end, shape).to(v.dtype)
+            dv[:, :keys] += torch.bmm(seen.transpose(1, 2), gradient[:, rows])
+            d_seen = torch.bmm(gradient[:, rows], v[:, :keys].transpose(1, 2))
             d_scores = torch._softmax_backward_data(d_seen, seen, -1, seen.dtype)
-            _block(dq, first, end).copy_(torch.bmm(d_scores, k[:, :end]).view(batch, kv_heads, -1, group, width))
-            dk[:, :end] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
+            _block(dq, first, end).copy_(torch.bmm(d_scores, k[:, :keys]).view(batch, kv_heads, -1, group, width))
+            dk[:, :keys] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
         scale = 1 / math.sqrt(width)
         dk.mul_(scale)
         dk, dv = (part.view(batch, kv_heads, length, width).to(k.dtype) for part in (dk, dv))
@@ -67,11 +71,16 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1).contiguous()
 
 
-def _blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """For each block of queries its first position, its end, and the end of the keys that it meets."""
     batch, length, kv_heads, group, _ = shape
     low, high = _ROWS
     rows = max(low, min(high, _SCORES // (batch * kv_heads * group * length)))
-    return [(first, min(first + rows, length)) for first in range(0, length, rows)]
+    # Where there are many blocks, some of them meet as many keys as their last.
+    step = rows * max(1, length // (_KEY_COUNTS * rows))
+    for first in range(0, length, rows):
+        end = min(first + rows, length)
+        yield first, end, min(-(-end // step) * step, length)
 
 
 def _block(x: Tensor, first: int, end: int) -> Tensor:
@@ -80,9 +89,9 @@ def _block(x: Tensor, first: int, end: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, first: int, end: int, shape: tuple[int, ...]) -> Tensor:
-    """What the positions `first` to `end` attend to, in the inputs' type: [batch * kv_heads, rows, end]."""
-    group, width = shape[3:]
-    scores = torch.bmm(q[:, first * group : end * group], k[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(width))
-    later = torch.full((end - first, end - first), -math.inf, dtype=q.dtype).triu_(1).unsqueeze(1)
-    scores.view(len(k), end - first, group, end)[..., first:] += later
+    """What the positions `first` to `end` attend to, in the inputs' type: [batch * kv_heads, rows, keys]."""
+    group, width, keys = *shape[3:], k.shape[1]
+    scores = torch.bmm(q[:, first * group : end * group], k.transpose(1, 2)).mul_(1 / math.sqrt(width))
+    later = torch.full((end - first, keys - first), -math.inf, dtype=q.dtype).triu_(1).unsqueeze(1)
+    scores.view(len(k), end - first, group, keys)[..., first:] += later
     return torch.softmax(scores, -1)

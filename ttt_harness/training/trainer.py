@@ -5,10 +5,12 @@ cross-entropy over the labelled tokens of a batch), with logits for the labelled
 micro-batches that add up to the same gradient.
 """
 
+import ctypes
 import functools
 import gc
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -215,8 +217,22 @@ def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
     """
     hidden = model.tok_embeddings(tokens)
     for layer in model.layers:
-        hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
+        hidden = checkpoint(_in_freed_memory, layer, hidden, use_reentrant=False) if recompute else layer(hidden)
     return model.norm(hidden[:, :-1][labelled[:, 1:]])
+
+
+# glibc's alone; elsewhere there is nothing to call.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+
+def _in_freed_memory(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a layer after malloc has given back to the system what was freed.
+
+    It keeps what lies between tensors that stay, such as the states between the layers, and finds little use for it.
+    """
+    if _malloc_trim and hidden.device.type == "cpu":
+        _malloc_trim(0)
+    return layer(hidden)
 
 
 def _batches(
