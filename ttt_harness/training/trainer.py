@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
@@ -213,10 +213,25 @@ def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
     Returns:
         [labelled tokens, width], normalized, in the order of `tokens[labelled]`.
     """
+    *layers, last = model.layers
     hidden = model.tok_embeddings(tokens)
-    for layer in model.layers:
+    for layer in layers:
         hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
-    return model.norm(hidden[:, :-1][labelled[:, 1:]])
+    rows, columns = labelled[:, 1:].nonzero(as_tuple=True)
+    at = rows * tokens.shape[1] + columns
+    hidden = checkpoint(_layer_at, last, hidden, at, use_reentrant=False) if recompute else _layer_at(last, hidden, at)
+    return model.norm(hidden)
+
+
+def _layer_at(layer: TransformerSelfAttentionLayer, hidden: Tensor, at: Tensor) -> Tensor:
+    """What a layer makes of `hidden`, shape [batch, tokens, width], at the positions `at` of the flattened batch.
+
+    All positions are attended to, but the MLP sees no others: after the last layer nobody asks for them.
+    """
+    normed = layer.sa_norm(hidden)
+    attended = layer.attn(normed, normed).flatten(0, 1)[at]
+    hidden = hidden.flatten(0, 1)[at] + layer.sa_scale(attended)
+    return hidden + layer.mlp_scale(layer.mlp(layer.mlp_norm(hidden)))
 
 
 def _batches(
