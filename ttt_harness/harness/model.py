@@ -41,7 +41,7 @@ from ttt_harness.training.checkpoint import ModelShape, read_config
 from ttt_harness.training.trainer import FitResult, release_trainer, shared_trainer
 
 # Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
-FIT_VERSION = 3
+FIT_VERSION = 4
 # A token that is trained on costs about as much as this many that are only read (forward, and half of backward).
 FIT_COST = 2.5
 

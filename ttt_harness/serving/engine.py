@@ -4,6 +4,7 @@ lm-eval's `VLLM` class starts an engine as soon as it is made. `Engine` stands i
 it at the first request, so that everything that can be wrong with a run is found before a model is loaded.
 """
 
+import atexit
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,9 +104,13 @@ class Engine:
 
     def _start(self) -> LLM:
         try:
-            return LLM(**self.engine_args)
+            llm = LLM(**self.engine_args)
         except Exception as error:
             raise ModelError(f"vLLM could not start: {_reason(error)}.") from error
+        # vLLM ends its processes in a finalizer. Where that comes after multiprocessing's own exit function, which
+        # waits for these processes, Python would never end; which comes first depends on what was imported when.
+        atexit.register(llm.llm_engine.engine_core.shutdown)
+        return llm
 
     def make_room(self) -> None:
         """Give the GPU's memory to others until the next request: the weights move to the host's memory."""
@@ -145,7 +150,9 @@ class Engine:
     def close(self) -> None:
         """Stop the engine and free its memory; a later request starts it again."""
         if self.running:
-            self.start().llm_engine.engine_core.shutdown()
+            shutdown = self.start().llm_engine.engine_core.shutdown
+            atexit.unregister(shutdown)
+            shutdown()
             self._llm = None
             cleanup_dist_env_and_memory()
 

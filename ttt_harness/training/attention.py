@@ -16,8 +16,8 @@ from torch import Tensor
 # A block's scores should stay in the processor's cache.
 _SCORES = 2**21
 _ROWS = (32, 128)
-# oneDNN keeps half a MiB of code for each shape of a product; if each block of a long sequence met a number of keys of its
-# own, that would be hundreds of MiB. They meet so many numbers of keys, or up to twice as many.
+# oneDNN keeps half a MiB of code for each shape of a product, hundreds of MiB if each block of a long sequence met a
+# number of keys of its own. They meet so many numbers of keys, or up to twice as many.
 _KEY_COUNTS = 32
 
 

@@ -255,9 +255,11 @@ class _Project(torch.autograd.Function):
             d_b.append((gradient.T @ low[:, index]).mul_(ctx.scale))
         flat = torch.cat(d_low, 1) if len(d_low) > 1 else d_low[0]
         d_a = (flat.T @ dropped).chunk(len(b))
-        dx = dropout_gradient(flat @ a, mask, ctx.p)
-        for gradient, weight in zip(gradients, weights, strict=True):
-            dx.addmm_(gradient, weight)
+        dx = None
+        if ctx.needs_input_grad[0]:  # not before the first layer
+            dx = dropout_gradient(flat @ a, mask, ctx.p)
+            for gradient, weight in zip(gradients, weights, strict=True):
+                dx.addmm_(gradient, weight)
         trained = [gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair]
         return dx, None, None, None, *([None] * 2 * len(ctx.adapted)), *trained
 

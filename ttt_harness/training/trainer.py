@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear, get_adapter_params
 from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
@@ -215,24 +215,42 @@ def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
     Returns:
         [labelled tokens, width], normalized, in the order of `tokens[labelled]`.
     """
+    *layers, last = model.layers
     hidden = model.tok_embeddings(tokens)
-    for layer in model.layers:
-        hidden = checkpoint(_in_freed_memory, layer, hidden, use_reentrant=False) if recompute else layer(hidden)
-    return model.norm(hidden[:, :-1][labelled[:, 1:]])
+    for layer in layers:
+        hidden = _recomputed(layer, hidden) if recompute else layer(hidden)
+    rows, columns = labelled[:, 1:].nonzero(as_tuple=True)
+    at = rows * tokens.shape[1] + columns
+    hidden = _recomputed(_layer_at, last, hidden, at) if recompute else _layer_at(last, hidden, at)
+    return model.norm(hidden)
+
+
+def _layer_at(layer: TransformerSelfAttentionLayer, hidden: Tensor, at: Tensor) -> Tensor:
+    """What a layer makes of `hidden`, shape [batch, tokens, width], at the positions `at` of the flattened batch.
+
+    All positions are attended to, but the MLP sees no others: after the last layer nobody asks for them.
+    """
+    normed = layer.sa_norm(hidden)
+    attended = layer.attn(normed, normed).flatten(0, 1)[at]
+    hidden = hidden.flatten(0, 1)[at] + layer.sa_scale(attended)
+    return hidden + layer.mlp_scale(layer.mlp(layer.mlp_norm(hidden)))
+
+
+def _recomputed(layer: Callable[..., Tensor], *args: Tensor | nn.Module) -> Tensor:
+    """Apply a layer of which nothing is kept for the gradient but `args`."""
+    result = checkpoint(layer, *args, use_reentrant=False)
+    if _malloc_trim and result.device.type == "cpu":
+        result.register_hook(_give_memory_back)
+    return result
 
 
 # glibc's alone; elsewhere there is nothing to call.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
-def _in_freed_memory(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """Apply a layer after malloc has given back to the system what was freed.
-
-    It keeps what lies between tensors that stay, such as the states between the layers, and finds little use for it.
-    """
-    if _malloc_trim and hidden.device.type == "cpu":
-        _malloc_trim(0)
-    return layer(hidden)
+def _give_memory_back(_: Tensor) -> None:
+    """Before a layer is computed again: malloc keeps what was freed between the states that stay, a layer's worth."""
+    _malloc_trim(0)
 
 
 def _batches(
