@@ -239,7 +239,7 @@ def _layer_at(layer: TransformerSelfAttentionLayer, hidden: Tensor, at: Tensor) 
 def _recomputed(layer: Callable[..., Tensor], *args: Tensor | nn.Module) -> Tensor:
     """Apply a layer of which nothing is kept for the gradient but `args`."""
     result = checkpoint(layer, *args, use_reentrant=False)
-    if _malloc_trim and result.device.type == "cpu":
+    if _malloc_trim is not None and result.device.type == "cpu" and result.requires_grad:
         result.register_hook(_give_memory_back)
     return result
 
