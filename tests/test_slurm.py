@@ -58,6 +58,7 @@ def test_what_is_asked_for_is_in_the_batch_file():
         (["--slurm", "--time", "5", "--cells_per_job", "0"], "--cells_per_job 0 is not allowed"),
         (["--slurm", "--time", "5", "--sbatch", "qos=high"], "--sbatch qos=high is not allowed"),
         (["--slurm", "--time", "5", "--sbatch=--x --"], "--sbatch -- is not allowed"),
+        (["--slurm", "--time", "5", "--sbatch=--comment='x"], "--sbatch=--comment='x is not allowed: no closing quot"),
         (["--gpus", "2"], "go with --slurm"),
         (["--slurm", "--time", "5"], "submitit, which is not installed: pip install 'ttt-harness[cluster]'"),
         (["--status", "--output_path", "nowhere"], "nowhere is no folder"),

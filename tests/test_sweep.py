@@ -211,10 +211,8 @@ class TestBadInput:
         assert "Did you mean 'limit'?" in refused(capsys, "--config", tmp_path / "grid.yaml")
 
     def test_an_option_that_lm_eval_does_not_know(self, capsys):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["sweep", "--methods", "icl", "--seeds", "42", *OPTIONS, "--limmit", "3"])
-        assert ended.value.code == 2
-        assert "unrecognized arguments: --limmit" in capsys.readouterr().err
+        said = refused(capsys, "--methods", "icl", "--seeds", "42", *OPTIONS, "--limmit", "3")
+        assert "--limmit 3 is no option of this command or of lm_eval run" in said
 
     def test_a_folder_that_cannot_be_written(self, capsys, tmp_path):
         (tmp_path / "file").write_text("")

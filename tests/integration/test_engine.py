@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.integration
@@ -22,9 +23,9 @@ def test_the_engine_is_one_for_equal_arguments(tiny_model):
     assert math.isfinite(other.llm_engine.model_config.max_model_len)
 
 
-def test_python_ends_whatever_was_imported_first(tiny_model):
-    """Also where multiprocessing's exit function, which waits for all processes, comes before vLLM's finalizers."""
-    script = f"""
+# A weakref finalizer that is older than multiprocessing, whose exit function waits for all processes, puts vLLM's own
+# finalizers after it.
+SCRIPT = """
 import sys, weakref
 
 class Anything: ...
@@ -35,18 +36,44 @@ if __name__ == "__main__":  # the engine's process imports this script too
     weakref.finalize(thing, int)
     import ttt_harness.harness
     from ttt_harness.serving.engine import Engine, default_engine_args
-    engine = Engine(**default_engine_args(), model={str(tiny_model)!r}, max_model_len=128)
+    engine = Engine(**default_engine_args(), model=sys.argv[1], max_model_len=128)
     engine.start()
     print("started", flush=True)
+    sys.stdin.read()
 """
-    path = tiny_model.parent / "script.py"
-    path.write_text(script)
-    ended = subprocess.run(
-        [sys.executable, str(path)],
+
+
+@pytest.fixture
+def engine(tiny_model, tmp_path):
+    """A Python with an engine in processes of its own, which ends when its input does; and these processes."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, str(path), str(tiny_model)],
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "started" in ended.stdout
+    ) as python:
+        for line in python.stdout:
+            if "started" in line:
+                break
+        started = psutil.Process(python.pid).children(recursive=True)
+        assert [child for child in started if "EngineCore" in " ".join(child.cmdline())]
+        yield python, started
+        for process in psutil.wait_procs(started, timeout=0)[1]:
+            process.kill()
+        python.kill()
+
+
+def test_python_ends_whatever_was_imported_first(engine):
+    python, started = engine
+    python.stdin.close()
+    assert python.wait(timeout=60) == 0
+    assert not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_an_engine_does_not_outlive_a_killed_run(engine):
+    python, started = engine
+    python.kill()
+    assert not psutil.wait_procs(started, timeout=30)[1]

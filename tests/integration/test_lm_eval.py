@@ -136,6 +136,7 @@ def test_zero_shot_runs_leave_out_the_demonstrations(first_run, evaluate):
         ({"pretrained": None}, ConfigError, "pretrained is missing"),
         ({"k": 90}, DataError, "the context window holds"),
         ({"data_parallel_size": 0}, ConfigError, "data_parallel_size=0 is not allowed"),
+        ({"data_parallel_size": 2.5}, ConfigError, "data_parallel_size=2.5 is not allowed"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_model_is_loaded(evaluate, arguments, error, telling, monkeypatch):

@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 
 # How often a piece of work is given to another worker after its own has died.
 MOST_REPEATS = 2
+# How long a run without any worker waits for a node on which one in the place of a lost one can be started.
+SECONDS_TO_REPLACE = 300.0
 SECONDS_TO_CONNECT = 30.0
+# How long a run goes on without the head node; after 60 s (gcs_rpc_server_reconnect_timeout_s) Ray ends the process.
+SECONDS_WITHOUT_HEAD = 30.0
+SECONDS_BETWEEN_HEAD_CHECKS = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
 # What travels through Ray are prompts, answers, and adapters between machines without a common folder.
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -56,10 +63,17 @@ class Pool:
         self.size = workers
         self.closed = False
         self._workers: dict[int, Any] = {}
+        self._placed: dict[int, Any] = {}  # worker -> reference to its machine's name, which is there once it has one
+        self._nodes: dict[int, str] = {}  # of those that have been ready
         self._sees_store: dict[int, bool] = {}
+        self.lost: dict[int, int] = {}  # worker -> how many in its place were lost, while there is none
         connect()
         self._options = self._resources(workers, gpus_per_worker)
-        self._board = _ray().remote(Board).options(num_cpus=0).remote()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # On the driver's own machine, so that it is not lost with another node.
+        here = NodeAffinitySchedulingStrategy(_ray().get_runtime_context().get_node_id(), soft=False)
+        self._board = _ray().remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
         atexit.register(self.close)
 
     def _resources(self, workers: int, gpus_per_worker: int) -> dict[str, Any]:
@@ -72,12 +86,15 @@ class Pool:
                 each = f" with tensor_parallel_size={gpus_per_worker}" if gpus_per_worker > 1 else ""
                 where = f" on {len(gpus)} nodes" if len(gpus) > 1 else ""
                 raise ConfigError(
-                    f"data_parallel_size={workers} is not allowed{each}: there are {sum(gpus)} GPUs{where}; use at "
-                    f"most {places}."
+                    f"data_parallel_size={workers} is not allowed{each}: there are {sum(gpus)} GPUs{where}; "
+                    + (f"use at most {places}." if places else "use a smaller tensor_parallel_size.")
                 )
             return {"num_cpus": 0, "num_gpus": gpus_per_worker}
         if workers > sum(cores):
-            raise ConfigError(f"data_parallel_size={workers} is not allowed: there are {sum(cores)} cores and no GPU.")
+            most = f"use at most {sum(cores)}" if any(cores) else "join nodes that have some"
+            raise ConfigError(
+                f"data_parallel_size={workers} is not allowed: there are {sum(cores)} cores and no GPU; {most}."
+            )
         threads = most_cores(cores, workers)
         return {"num_cpus": threads, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
 
@@ -119,12 +136,13 @@ class Pool:
             The answers in the order of the requests.
 
         Raises:
-            TTTError: a worker cannot do its work, or a piece of it has ended its workers again and again.
+            TTTError: a worker cannot do its work, a piece of it has ended its workers again and again, or no worker is
+                left and there is no node for another.
         """
         run = _Run(self, model, groups, requests, kind, progress)
         self._mark = _mark(model.store.root)
         try:
-            self._start_workers(model, progress)
+            run.start()
             shared = {key for key in fit_work if sum(group.key == key for group in groups) > 1}
             first = [next(i for i, group in enumerate(groups) if group.key == key) for key in shared]
             run.work([Task(groups[i].task, fit_work[groups[i].key or ""], 0, 0) for i in first], first)
@@ -145,44 +163,43 @@ class Pool:
             self._mark.unlink(missing_ok=True)
         return run.answers
 
-    def _start_workers(self, model: "TTTVLLM", progress: RunProgress) -> None:
-        """Start those that are not there, and hold what their results depend on against the driver's."""
-        progress.say(f"starting {self.size} workers")
-        ready = {self.start_worker(number, model): number for number in range(self.size)}
-        while ready:
-            done, _ = _ray().wait(list(ready), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
-            for reference in done:
-                self.is_ready(ready.pop(reference), reference, model)
-
-    def start_worker(self, number: int, model: "TTTVLLM", *, anew: bool = False) -> Any:
+    def start_worker(self, number: int, model: "TTTVLLM") -> Any:
         """Have worker `number` make the model; the worker is started if it is not there.
-
-        Args:
-            number: which one.
-            model: the driver's.
-            anew: another one in the place of a lost one.
 
         Returns:
             The reference that is there once it is ready.
         """
-        if anew or number not in self._workers:
-            self._workers[number] = _ray().remote(Worker).options(**self._options).remote(number, self._board)
+        if number not in self._workers:
+            worker = _ray().remote(Worker).options(**self._options).remote(number, self._board)
+            self._workers[number], self._placed[number] = worker, worker.node.remote()
         return self._workers[number].start.remote(model.worker_args, self._mark, versions())
 
-    def is_ready(self, number: int, reference: Any, model: "TTTVLLM") -> None:
+    def replace_worker(self, number: int, model: "TTTVLLM") -> Any:
+        """Have another worker in the place of worker `number`, which is lost; as `start_worker`."""
+        self.lost[number] = self.lost.get(number, -1) + 1
+        del self._workers[number]
+        return self.start_worker(number, model)
+
+    def is_ready(self, number: int, reference: Any, model: "TTTVLLM") -> bool:
         """Take note of a worker that has started.
+
+        Returns:
+            Whether it is there; False if it was there before, or one in whose place it comes, and is lost.
 
         Raises:
             TTTError: it has other versions, another device or another model than the driver, or has not started.
         """
         try:
             theirs, self._sees_store[number] = _ray().get(reference)
+            self._nodes[number] = _ray().get(self._placed[number])
         except _ray().exceptions.RayTaskError as error:
             raise _cause(error, f"worker {number}") from None
         except _ray().exceptions.RayError as error:
             reason = _first_line(error)
             if getattr(error, "actor_init_failed", False):  # at its imports: what failed is at the end
                 reason = f"{str(error).strip().splitlines()[-1]}; its node needs the packages of this environment."
+            elif number in self._nodes and self.lost.get(number, 0) < MOST_REPEATS:
+                return False
             raise ClusterError(f"worker {number} could not be started: {reason}") from None
         ours = Circumstances.of(model)
         for what in ("device", "dtype", "base_model"):
@@ -191,6 +208,22 @@ class Pool:
                     f"the {what.replace('_', ' ')} of worker {number} is {getattr(theirs, what)}, and "
                     f"{getattr(ours, what)} here; run this command on a node like those of the workers."
                 )
+        self.lost.pop(number, None)
+        return True
+
+    def no_worker_left(self, store: Path) -> ClusterError | None:
+        """What to tell once all workers are lost and have been for too long; None if one in their place has a node."""
+        placed, _ = _ray().wait([self._placed[number] for number in self.lost], num_returns=1, timeout=0)
+        if placed:
+            return None
+        where = ", ".join(f"{number} on {self._nodes[number]}" for number in sorted(self.lost))
+        kind = "num_gpus" if "num_gpus" in self._options else "num_cpus"
+        count = self._options[kind]
+        needs = f"{count} free {'GPU' if kind == 'num_gpus' else 'core'}{'s' * (count > 1)}"
+        return ClusterError(
+            f"all workers are lost ({where}), and for {SECONDS_TO_REPLACE:.0f} s there has been no node with {needs} "
+            f"for another; start Ray on one and run the same command again, which goes on with the adapters in {store}."
+        )
 
     def worker(self, number: int) -> Any:
         """The handle of worker `number`."""
@@ -203,9 +236,8 @@ class Pool:
     def told(self) -> dict[int, tuple[float, str]]:
         """What the workers have told of their progress since this was asked last."""
         try:
-            return _ray().get(self._board.read.remote(), timeout=10)
-        except _ray().exceptions.RayError:  # its node is lost; the answers do not depend on it
-            self._board = _ray().remote(Board).options(num_cpus=0).remote()
+            return _ray().get(self._board.read.remote(), timeout=2)
+        except _ray().exceptions.RayError:  # it is lost; the answers do not depend on it
             return {}
 
 
@@ -235,28 +267,77 @@ class _Run:
         self._files: dict[str, Any] = {}  # key -> reference to the adapter's files, for workers elsewhere
         self._lost: dict[Piece, int] = {}
         self._shown: dict[int, float] = {}  # worker -> the share of its piece that is counted
+        self._idle: list[int] = []
+        self._starting: dict[Any, int] = {}  # reference -> worker, which is ready once the reference is there
+        self._manned = time.monotonic()  # when there last was a worker
+        self._checked = self._headed = self._manned  # when the head node was last asked, and when it last answered
+
+    def start(self) -> None:
+        """Have each worker make the model, and hold what its results depend on against the driver's.
+
+        Those that were lost before are not waited for, as long as there is another.
+        """
+        self._progress.say(f"starting {self._pool.size} workers")
+        self._starting = {self._pool.start_worker(number, self._model): number for number in range(self._pool.size)}
+        while not self._idle or not self._pool.lost.keys() >= set(self._starting.values()):
+            self._wait([])
+
+    def _wait(self, running: Collection[Any]) -> list[Any]:
+        """Wait a little, and take in the workers that have become ready. Returns those of `running` that are done.
+
+        Raises:
+            TTTError: a worker cannot be used, or all are lost and there is no node for another.
+        """
+        self._check_head()
+        ready, _ = _ray().wait([*running, *self._starting], num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+        for reference in ready:
+            if reference in self._starting:
+                number = self._starting.pop(reference)
+                if self._pool.is_ready(number, reference, self._model):
+                    self._idle.append(number)
+                else:
+                    self._starting[self._pool.replace_worker(number, self._model)] = number
+        if running or self._idle or len(self._pool.lost) < self._pool.size:
+            self._manned = time.monotonic()
+        elif time.monotonic() - self._manned > SECONDS_TO_REPLACE and (
+            error := self._pool.no_worker_left(self._model.store.root)
+        ):
+            raise error
+        return [reference for reference in ready if reference in running]
+
+    def _check_head(self) -> None:
+        """Raises ClusterError where the cluster's head node has not answered for some time."""
+        if time.monotonic() - self._checked < SECONDS_BETWEEN_HEAD_CHECKS:
+            return
+        address = _ray().get_runtime_context().gcs_address
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_BETWEEN_HEAD_CHECKS).close()
+            self._headed = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - self._headed > SECONDS_WITHOUT_HEAD:
+                raise ClusterError(
+                    f"the head node of the Ray cluster, {address}, has not answered for {SECONDS_WITHOUT_HEAD:.0f} s "
+                    f"({error.strerror or error}), and no cluster runs on without it; start one again and run the same "
+                    f"command again, which goes on with the adapters in {self._model.store.root}."
+                ) from None
+        self._checked = time.monotonic()
 
     def work(self, tasks: Sequence[Task], groups: Sequence[int]) -> None:
         """Have the pieces of `tasks` done; task number i is that of group number groups[i]."""
         ray = _ray()
         schedule = Schedule(tasks, self._pool.size)
-        idle = list(range(self._pool.size))
         running: dict[Any, tuple[int, Piece]] = {}
-        starting: dict[Any, int] = {}
         while True:
-            for number in list(idle):
+            for number in list(self._idle):
                 if (piece := schedule.next(number)) is not None:
-                    idle.remove(number)
+                    self._idle.remove(number)
                     running[self._begin(number, piece, self._groups[groups[piece.task]])] = (number, piece)
             if not running and not schedule.left:
                 return
-            done, _ = ray.wait([*running, *starting], num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+            done = self._wait(running)
             self._show(tasks, dict(running.values()))
             for reference in done:
-                if reference in starting:
-                    self._pool.is_ready(starting[reference], reference, self._model)
-                    idle.append(starting.pop(reference))
-                    continue
                 number, piece = running.pop(reference)
                 group = self._groups[groups[piece.task]]
                 try:
@@ -267,12 +348,12 @@ class _Run:
                     self._again(piece, group, error)
                     schedule.failed(piece)
                     self._progress.advance(-self._shown.pop(number, 0.0) * _work(piece, tasks), group.task)
-                    starting[self._pool.start_worker(number, self._model, anew=True)] = number
+                    self._starting[self._pool.replace_worker(number, self._model)] = number
                     continue
                 if piece.fits:
                     schedule.fitted(piece.task, number)
                 self._progress.advance((1 - self._shown.pop(number, 0.0)) * _work(piece, tasks), group.task)
-                idle.append(number)
+                self._idle.append(number)
 
     def _begin(self, number: int, piece: Piece, group: "Group") -> Any:
         worker, args = self._pool.worker(number), self._model.worker_args
@@ -361,7 +442,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if address not in ("local", "auto"):
+    if address != "local":
         _reach(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     if address == "local":
@@ -378,13 +459,21 @@ def connect() -> None:
 
 
 def _reach(address: str) -> None:
-    """Find out whether a cluster answers at HOST:PORT, by joining it in another process: Ray would try for minutes."""
+    """Find out whether a cluster answers at HOST:PORT, by joining it in another process: Ray would try for minutes.
+
+    `auto` is the address that Ray keeps of the last cluster of this machine, which may be there no more.
+    """
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "://" in address:
-        raise ConfigError(f"RAY_ADDRESS={address} is not allowed: it is HOST:PORT of a cluster's head node, or auto.")
+    known = colon and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16 and "://" not in address
+    if not known and address != "auto":
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is not allowed: it is HOST:PORT of a cluster's head node, auto, or unset for a "
+            "cluster of this machine's."
+        )
     join = [sys.executable, "-c", "import sys, ray; ray.init(sys.argv[1], log_to_driver=False)", address]
     try:
-        socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT / 4).close()
+        if known:
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_CONNECT / 4).close()
         tried = subprocess.run(join, capture_output=True, text=True, timeout=SECONDS_TO_CONNECT * 3 / 4, check=False)
         lines = tried.stderr.strip().splitlines()
         reason = lines[-1].strip() if tried.returncode and lines else ""
@@ -394,8 +483,8 @@ def _reach(address: str) -> None:
         reason = f"nothing within {SECONDS_TO_CONNECT:.0f} s"
     if reason:
         raise ClusterError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start one there with `ray start --head`, or "
-            "unset RAY_ADDRESS to start one on this machine."
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({reason.rstrip('.')}); start one there with `ray start "
+            "--head`, or unset RAY_ADDRESS to start one on this machine."
         )
 
 

@@ -618,11 +618,11 @@ def _engine_share(plan: MemoryPlan, total: int, asked: Mapping[str, Any]) -> dic
 def _workers(given: Any) -> int:
     """How many workers `data_parallel_size` asks for."""
     try:
-        workers = 1 if given is None else int(given)
-    except (TypeError, ValueError):
+        workers = 1 if given is None else int(str(given))  # int() alone takes 2.5 for 2
+    except ValueError:
         workers = 0
     if workers < 1:
-        raise ConfigError(f"data_parallel_size={given!r} is not allowed: it is a number of workers, at least 1.")
+        raise ConfigError(f"data_parallel_size={given!r} is not allowed: it is a whole number of workers, at least 1.")
     return workers
 
 

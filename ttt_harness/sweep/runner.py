@@ -93,7 +93,10 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     setup_logging(logging.ERROR)  # one display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back
     parser = argparse.ArgumentParser(prog="ttt-harness sweep")
     Run.create(parser.add_subparsers())
-    given = vars(parser.parse_args(["run", *options]))
+    parsed, unknown = parser.parse_known_args(["run", *options])
+    if unknown:
+        raise ConfigError(f"{' '.join(unknown)} is no option of this command or of lm_eval run; see --help of both.")
+    given = vars(parsed)
     call = {key: value for key, value in file.items() if key not in ("methods", "seeds")}
     known = {field.name for field in dataclasses.fields(EvaluatorConfig)} - {"config"}
     for key in call:

@@ -104,7 +104,11 @@ def minutes(time: str | None) -> int:
 def _flags(text: str) -> dict[str, Any]:
     """Flags of sbatch as submitit takes them: name -> value, or True where it has none."""
     flags: dict[str, Any] = {}
-    for word in shlex.split(text):
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--sbatch={text} is not allowed: {str(error).lower()}; quote as in a shell.") from None
+    for word in words:
         name, equals, value = word.partition("=")
         if not name.startswith("--") or len(name) == 2:
             raise ConfigError(f"--sbatch {word} is not allowed: write each flag as --name or --name=value.")
