@@ -34,7 +34,7 @@ from ttt_harness.training.fused import fuse
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
 # Activations may take as much memory as the base weights, and this much (bytes) in any case.
-ACTIVATION_BYTES = 768 * 2**20
+ACTIVATION_BYTES = 640 * 2**20
 # So many logits at a time, in float32: 64 MiB, and as much again for their gradient and their exponentials.
 LOGITS = 2**24
 
