@@ -3,7 +3,8 @@
 Only what cannot be left out is counted, so that both pipelines are held against the same figure: frozen weights get no
 gradient, logits are needed where a token is labelled or generated, and what several prompts begin with is read once.
 Recomputed activations, padding and logits that nobody reads are not counted. A multiplication and an addition are two
-operations. Norms, softmax, RoPE and the optimiser are left out: they are far below a percent.
+operations. Norms, softmax, RoPE and the optimiser are left out: they are far below a percent. Each layer counts for
+each token, although the last one's MLP can do with the labelled tokens, as it does here.
 """
 
 from collections.abc import Iterable, Sequence
