@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         help="on a CPU, questions of each task that vLLM's own LoRA kernels answer, scaled to all; 0: all (default: 3)",
     )
     compare.add_argument(
-        "--stages", metavar="NAMES", help="some of ours,original,same_kernels,adapter,prefix,memory (default: all)"
+        "--stages",
+        metavar="NAMES",
+        help="some of ours,original,same_kernels,adapter,prefix,turns,engines,memory (default: all of the machine)",
     )
     compare.set_defaults(run=_compare)
 

@@ -21,12 +21,25 @@ from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError
 from ttt_harness.training.checkpoint import ModelShape, read_config
 
-# In the order in which they run. `same_kernels` is for a CPU only; `prefix` is left out there unless it is asked for.
-STAGES = ("ours", "original", "same_kernels", "adapter", "prefix", "memory")
+# In the order in which they run. `same_kernels` is for a CPU only, `turns` for a GPU; `prefix` and `engines` are left
+# out on a CPU unless they are asked for.
+STAGES = ("ours", "original", "same_kernels", "adapter", "prefix", "turns", "engines", "memory")
 # Stages that use what another one made.
-NEEDS = {"same_kernels": "original", "adapter": "ours", "prefix": "ours"}
+NEEDS = {"same_kernels": "original", "adapter": "ours", "prefix": "ours", "engines": "ours"}
 # Generation with an adapter and without is compared over this many passes of each.
 PASSES = 3
+# The card that trainer and engine have to share in turns, bytes: what a 24 GB one has.
+TURNS_BYTES = 24 * 2**30
+# Ways to run our engine, as vLLM's arguments over our defaults; the second are for a GPU only. Each answers the first
+# tasks, one after the other and then all in one batch.
+ENGINES: dict[str, dict[str, Any]] = {"default": {}, "max_loras=4": {"max_loras": 4}}
+GPU_ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "fp8 base weights": {"quantization": "fp8"},
+    "vLLM's own graph sizes": {"cudagraph_capture_sizes": None},
+}
+ENGINE_TASKS = 4
+ENGINE_PASSES = ("adapter", "adapter", "together", "together")
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,8 @@ class Benchmark:
             generation_budget=settings.generation_budget,
         )
         self.machine = machine or self._peak()
+        if "turns" in self.stages and self.device == "cpu":
+            raise ConfigError("--stages turns needs a GPU, which trainer and engine share: leave it out.")
 
     @property
     def device(self) -> str:
@@ -154,7 +169,7 @@ class Benchmark:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run."""
-        left_out = () if self.device == "cuda" else ("prefix",)
+        left_out = ("same_kernels",) if self.device == "cuda" else ("prefix", "turns", "engines")
         return self.settings.stages or tuple(stage for stage in STAGES if stage not in left_out)
 
     @property
@@ -175,6 +190,12 @@ class Benchmark:
             record.stage("adapter", "generation with and without adapter", self._adapter, folder, mine)
         if mine and "prefix" in self.stages:
             record.stage("prefix", "generation without prefix caching", self._prefix, folder, mine)
+        if "turns" in self.stages:
+            record.stage("turns", "this project on a card of 24 GiB", self._turns, folder)
+        if mine and "engines" in self.stages:
+            for name, arguments in (ENGINES | (GPU_ENGINES if self.device == "cuda" else {})).items():
+                what = f"our engine, {name}"
+                record.stage(name, what, self._variant, folder, name, mine, arguments, under="engines")
         if number == 1 and "memory" in self.stages:
             first = self.compared[0].sequences[: self.config.fit_batch_size]
             full = memory.filling(first[0], self._engine()["max_model_len"])
@@ -225,14 +246,14 @@ class Benchmark:
         """What both engines are told, beyond their defaults."""
         return {"max_model_len": min(self.settings.max_model_len, self.shape.context_length)}
 
-    def _ours(self, folder: Path, name: str, work: Sequence[TaskWork]) -> dict[str, Any]:
+    def _ours(self, folder: Path, name: str, work: Sequence[TaskWork], **engine: Any) -> dict[str, Any]:
         done = ours.evaluate(
             [task.name for task in work],
             folder / name,
             model=str(self.model_dir),
             config=self.config,
             limit=self.settings.limit,
-            engine={**self._engine(), "generation_budget": self.settings.generation_budget},
+            engine={**self._engine(), "generation_budget": self.settings.generation_budget, **engine},
             seconds=self.settings.stage_limit,
         )
         if done["dtype"] != self.dtype:
@@ -325,7 +346,7 @@ class Benchmark:
         name: str,
         mine: dict[str, Any],
         work: Sequence[TaskWork],
-        passes: Sequence[bool],
+        passes: Sequence[str],
         engine: dict[str, Any],
     ) -> dict[str, Any]:
         """Answer all requests with this project's engine, each answer as long as in its own run."""
@@ -356,16 +377,26 @@ class Benchmark:
         answer = json.loads((folder / "answer.json").read_text())
         return {
             "seconds": done.seconds,
+            "start_seconds": answer["start_seconds"],
             "passes": answer["passes"],
             # On a GPU the card's memory in use; on a CPU what came after the imports.
             "serve_peak_bytes": answer["peak_bytes"] - (answer["idle_bytes"] if self.device == "cpu" else 0),
         }
 
     def _adapter(self, folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
-        return self._passes(folder, "adapter", mine, self._served(mine), [False, True] * PASSES, {})
+        return self._passes(folder, "adapter", mine, self._served(mine), ["base", "adapter"] * PASSES, {})
 
     def _prefix(self, folder: Path, mine: dict[str, Any]) -> dict[str, Any]:
-        return self._passes(folder, "prefix", mine, self._served(mine), [True], {"enable_prefix_caching": False})
+        return self._passes(folder, "prefix", mine, self._served(mine), ["adapter"], {"enable_prefix_caching": False})
+
+    def _turns(self, folder: Path) -> dict[str, Any]:
+        share = round(TURNS_BYTES / self.machine["gpu_bytes"], 4)
+        return self._ours(folder, "turns", self.compared, gpu_memory_utilization=share)
+
+    def _variant(self, folder: Path, name: str, mine: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+        work = [task for task in self.workload.tasks(self.settings.tasks) if task.name in mine["tasks"]][:ENGINE_TASKS]
+        where = "engine-" + "".join(c if c.isalnum() else "-" for c in name)
+        return {"engine": engine, **self._passes(folder, where, mine, work, ENGINE_PASSES, engine)}
 
     def _served(self, mine: dict[str, Any]) -> list[TaskWork]:
         """The tasks of the comparison that this project has fitted."""

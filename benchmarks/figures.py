@@ -27,10 +27,14 @@ def figures(stages: Stages) -> dict[str, float]:
     ratio_generate_adapter: generation with adapters over without, medians of passes.
     ratio_generate_prefix_caching: generation without prefix caching over with, the same requests and adapters.
     total_seconds: from the first request to the last answer of this project; process_seconds: its whole process.
+    gpu_peak_bytes, turns_gpu_peak_bytes: the card's memory in use at most, in the whole run and on a card of 24 GiB.
     fit_peak_bytes, fit_limit_bytes, serve_peak_bytes: memory, the fit's where it comes nearest to its limit.
     """
     found: dict[str, float] = {}
     mine = stages.get("ours")
+    for name, stage in (("gpu_peak_bytes", "ours"), ("turns_gpu_peak_bytes", "turns")):
+        if peak := stages.get(stage, {}).get("gpu_peak_bytes"):
+            found[name] = peak
     if mine:
         found["total_seconds"] = mine["run_seconds"]
         found["process_seconds"] = mine["seconds"]
@@ -77,7 +81,7 @@ def _rate(tasks: list[dict[str, Any]], seconds: str) -> float:
 
 def _pass_seconds(stage: Mapping[str, Any], with_adapter: bool) -> dict[str, float]:
     """Task -> median seconds over the passes with adapters, or without."""
-    passes = [one["tasks"] for one in stage["passes"] if one["adapter"] is with_adapter]
+    passes = [one["tasks"] for one in stage["passes"] if one["adapter"] is with_adapter and not one.get("together")]
     return {name: statistics.median(one[name] for one in passes) for name in passes[0]}
 
 

@@ -72,6 +72,7 @@ def measure() -> dict[str, Any]:
         "peak_flops": peaks,
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
     }
 
 

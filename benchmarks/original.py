@@ -193,7 +193,7 @@ def serve(
         work,
         engine={**engine, "enable_prefix_caching": False},
         adapters=adapters,
-        passes=[True],
+        passes=["adapter"],
         own_engine=False,
     )
     done = process.run(

@@ -1,6 +1,7 @@
 """The same work through this project, the way a user runs it: one `lm_eval` command, with an empty adapter store."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def evaluate(
     engine: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Run `lm_eval --model ttt_vllm` and return what it took; `answers` are the texts.
+    """Run `lm_eval --model ttt_vllm` and return what it took, the texts in `answers`, and how a GPU was shared.
 
     Args:
         names: tasks.
@@ -74,6 +75,7 @@ def evaluate(
             "accuracy": results["results"][name]["acc,answer"],
             "adapter": record["adapter"],
         }
+    plan = re.search(r"memory: (.*?) \(\d+% done", (folder / "log.txt").read_text(errors="replace"))
     return {
         "seconds": done.seconds,
         "run_seconds": done.marks["saved"] - done.marks["asked"],
@@ -84,5 +86,6 @@ def evaluate(
         "tasks": tasks,
         "peak_bytes": done.peak_bytes,
         "gpu_peak_bytes": done.gpu_peak_bytes,
+        "memory_plan": plan and plan[1],
         "answers": answers,
     }

@@ -4,7 +4,8 @@ It serves the original pipeline as that does it (vLLM's defaults, no prefix cach
 with adapters and without. What is asked comes as a JSON file (`write_order`), what it took goes into another:
 
     import_seconds, start_seconds    until vLLM is imported; until its engine is ready
-    passes                           one for each pass asked for: adapter (whether), seconds, tasks: name -> seconds
+    passes                           one for each pass asked for: adapter and together (whether), seconds,
+                                     tasks: name -> seconds (none of a pass together)
     answers, generated               of the first pass: task -> texts; task -> tokens of each answer
     idle_bytes, peak_bytes           resident after the imports, and at most (on a GPU: the card's memory in use)
 """
@@ -26,7 +27,7 @@ def write_order(
     *,
     engine: Mapping[str, Any],
     adapters: Mapping[str, str],
-    passes: Sequence[bool],
+    passes: Sequence[str],
     own_engine: bool,
     lengths: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
@@ -37,7 +38,8 @@ def write_order(
         work: the tasks.
         engine: arguments of vLLM's `LLM`.
         adapters: task -> PEFT directory.
-        passes: all requests are answered once for each entry, with their task's adapter (True) or without (False).
+        passes: all requests are answered once for each entry: `base` (without adapters), `adapter` (each task's with
+            its adapter, one task after the other) or `together` (likewise, but all tasks' in one batch).
         own_engine: this project's engine, its defaults and its environment, rather than vLLM's.
         lengths: task -> number of tokens that each answer is made to have, in place of the tasks' own stops.
     """
@@ -90,23 +92,32 @@ def serve(order: Mapping[str, Any]) -> dict[str, Any]:
         # The first requests of an engine are slow; passes are compared by the others.
         short = [{"prompt_token_ids": task["prompts"][0][:16]} for task in order["tasks"]]
         engine.generate(short, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    for with_adapter in order["passes"]:
+    for kind in order["passes"]:
         if order["own_engine"]:
             llm.reset_prefix_cache()
         seconds = {}
-        for task in order["tasks"]:
-            name = task["name"]
-            prompts = [{"prompt_token_ids": prompt} for prompt in task["prompts"]]
-            params = [SamplingParams(temperature=0, **values) for values in task["params"]]
+        for batch in [order["tasks"]] if kind == "together" else [[task] for task in order["tasks"]]:
+            prompts = [{"prompt_token_ids": prompt} for task in batch for prompt in task["prompts"]]
+            params = [SamplingParams(temperature=0, **values) for task in batch for values in task["params"]]
+            adapters = [requests[task["name"]] for task in batch for _ in task["prompts"]]
             begin = time.perf_counter()
             outputs = engine.generate(
-                prompts, params, use_tqdm=False, lora_request=requests[name] if with_adapter else None
+                prompts, params, use_tqdm=False, lora_request=None if kind == "base" else adapters
             )
-            seconds[name] = time.perf_counter() - begin
+            seconds[batch[0]["name"]] = time.perf_counter() - begin
             if not result["passes"]:
-                result["answers"][name] = [output.outputs[0].text for output in outputs]
-                result["generated"][name] = [len(output.outputs[0].token_ids) for output in outputs]
-        result["passes"].append({"adapter": with_adapter, "seconds": sum(seconds.values()), "tasks": seconds})
+                (only,) = batch
+                result["answers"][only["name"]] = [output.outputs[0].text for output in outputs]
+                result["generated"][only["name"]] = [len(output.outputs[0].token_ids) for output in outputs]
+        together = kind == "together"
+        result["passes"].append(
+            {
+                "adapter": kind != "base",
+                "together": together,
+                "seconds": sum(seconds.values()),
+                "tasks": {} if together else seconds,
+            }
+        )
     result["peak_bytes"] = _peak()
     return result
 

@@ -21,6 +21,8 @@ MEANINGS = {
     "ratio_generate_prefix_caching": "generation: without prefix caching / with",
     "total_seconds": "this project: first request to last answer, s",
     "process_seconds": "this project: whole process, s",
+    "gpu_peak_bytes": "this project: peak of the card's memory, GiB",
+    "turns_gpu_peak_bytes": "the same, where it may use 24 GiB",
     "fit_peak_bytes": "fit: peak memory, GiB",
     "fit_limit_bytes": "fit: the limit, 2.5 x base weights + 1 GiB, GiB",
     "serve_peak_bytes": "serving: peak memory, GiB",
@@ -42,6 +44,7 @@ def print_run(console: Console, stages: Mapping[str, Any]) -> None:
         if done := stages.get(name):
             _print_rows(console, label, own_rows(done), peak)
     _print_accuracy(console, stages)
+    _print_engines(console, stages.get("engines", {}))
     _print_memory(console, stages)
 
 
@@ -105,6 +108,21 @@ def _print_accuracy(console: Console, stages: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def _print_engines(console: Console, engines: Mapping[str, Any]) -> None:
+    if not engines:
+        return
+    table = Table("our engine", box=box.SIMPLE)
+    for heading in ("start, s", "task by task, s", "all in one batch, s"):
+        table.add_column(heading, justify="right")
+    for name, done in engines.items():
+        fastest = [
+            min((one["seconds"] for one in done["passes"] if one["together"] is together), default=None)
+            for together in (False, True)
+        ]
+        table.add_row(name, *(f"{seconds:.2f}" for seconds in (done["start_seconds"], *fastest)))
+    console.print(table)
+
+
 def _print_memory(console: Console, stages: Mapping[str, Any]) -> None:
     table = Table("peak memory", box=box.SIMPLE)
     for heading in ("GiB", "limit", "on the card"):
@@ -116,7 +134,11 @@ def _print_memory(console: Console, stages: Mapping[str, Any]) -> None:
 
     if fits := stages.get("original_fits"):
         add("original: process of a fit", max(fits.values(), key=lambda fit: fit["peak_bytes"]))
-    for label, name in (("original: serving", "original_serve"), ("this project: its process", "ours")):
+    for label, name in (
+        ("original: serving", "original_serve"),
+        ("this project: its process", "ours"),
+        ("this project, on 24 GiB", "turns"),
+    ):
         if done := stages.get(name):
             add(label, done)
     for name in ("memory_short", "memory_full"):

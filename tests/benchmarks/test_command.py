@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 
@@ -24,6 +25,12 @@ TASK = "procedural_ttt_boolean_expressions"
         (["compare", "--stages", "orignal"], "Did you mean 'original'?"),
         (["compare", "--stages", "adapter"], "add ours"),
         (["compare", "--stages", "ours,same_kernels"], "add original"),
+        (["compare", "--stages", "engines"], "add ours"),
+        pytest.param(
+            ["compare", "--stages", "turns", "--tasks", TASK],
+            "needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
         (["compare", "--serve-sample", "-1"], "--serve-sample -1 is not allowed"),
         (["compare", "--k", "0"], "k=0 is not allowed"),
         (["compare", "--model", "/nowhere/model"], "there is no such directory"),
@@ -48,7 +55,7 @@ def test_both_pipelines_do_the_same_work(tiny_model, tmp_path):
     command = [
         *(sys.executable, "-m", "benchmarks", "compare", "--model", str(tiny_model), "--tasks", TASK),
         *("--k", "3", "--permutations", "5", "--limit", "4", "--max-model-len", "1024"),
-        *("--stages", "ours,original", "--output", str(output), "--work", str(work)),
+        *("--stages", "ours,original,engines", "--output", str(output), "--work", str(work)),
     ]
     # the engine in the same process, which starts sooner
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TTT_CACHE_DIR": str(tmp_path / "cache")}
@@ -64,4 +71,8 @@ def test_both_pipelines_do_the_same_work(tiny_model, tmp_path):
     assert 0 < fit["loop_seconds"] < fit["seconds"]
     assert content["ratio_total"] == pytest.approx((fit["seconds"] + served["seconds"]) / ours["seconds"])
     assert "ratio_total_same_kernels" not in content  # its stage was not asked for
+    assert stages["engines"].keys() >= {"default", "max_loras=4"}
+    for variant in stages["engines"].values():
+        assert [one["together"] for one in variant["passes"]] == [False, False, True, True]
+        assert all(one["seconds"] > 0 for one in variant["passes"])
     assert not list((work / "run1" / "original" / TASK / "out").glob("epoch_0/model*"))  # the adapter, no base weights

@@ -54,6 +54,7 @@ def stages():
         "peak_after": {**peak, "peak_flops": {"bfloat16": 4000.0, "float32": 10.0}},
         "ours": {
             "seconds": 10.0,
+            "gpu_peak_bytes": 8,
             "run_seconds": 7.0,
             "start_seconds": 3.0,
             "fit_seconds": 4.0,
@@ -63,7 +64,8 @@ def stages():
         "original_fits": {"one": fit, "two": fit},
         "original_serve": served,
         "original_serve_same_kernels": {**served, "seconds": 20.0},
-        "adapter": {"passes": passes, "serve_peak_bytes": 7},
+        "adapter": {"passes": [*passes, {"adapter": True, "together": True, "tasks": {}}], "serve_peak_bytes": 7},
+        "turns": {"gpu_peak_bytes": 6},
         "prefix": {"passes": [{"adapter": True, "tasks": {"one": 8.0}}]},
         "memory_short": {"peak_bytes": 1, "limit_bytes": 10},
         "memory_full": {"peak_bytes": 5, "limit_bytes": 10},
@@ -74,6 +76,8 @@ def test_each_figure(stages):
     assert figures(stages) == {
         "total_seconds": 7.0,
         "process_seconds": 10.0,
+        "gpu_peak_bytes": 8,
+        "turns_gpu_peak_bytes": 6,
         "fit_peak_fraction": 4000 / 4 / 4000,
         "ratio_fit_per_token": (24 / 40) / (4 / 40),
         "ratio_fit_with_start": (40 / 40) / (4 / 40),

@@ -124,9 +124,9 @@ class Engine:
         prompts: Sequence[Any],
         sampling_params: Sequence[SamplingParams] | SamplingParams,
         use_tqdm: bool = False,  # noqa: ARG002 - lm-eval passes it; the run has one progress display of its own
-        lora_request: LoRARequest | None = None,
+        lora_request: LoRARequest | list[LoRARequest] | None = None,
     ) -> list[RequestOutput]:
-        """Answer `prompts` in order, all with the same adapter or none."""
+        """Answer `prompts` in order, all with the same adapter, each with its own, or with none."""
         return self.start().generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
 
     def changes_output(self, adapter: LoRARequest, prompt: Sequence[int]) -> bool:
