@@ -36,7 +36,8 @@ ENGINES: dict[str, dict[str, Any]] = {"default": {}, "max_loras=4": {"max_loras"
 GPU_ENGINES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "fp8 base weights": {"quantization": "fp8"},
-    "vLLM's own graph sizes": {"cudagraph_capture_sizes": None},
+    "vLLM's own graphs": {"cudagraph_capture_sizes": None, "compilation_config": {}},
+    "vLLM's own batch size": {"max_num_seqs": None},
 }
 ENGINE_TASKS = 4
 ENGINE_PASSES = ("adapter", "adapter", "together", "together")

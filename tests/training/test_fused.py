@@ -101,21 +101,31 @@ def test_the_mlp_computes_its_product_again_with_the_same_mask(p):
 @pytest.mark.integration
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.filterwarnings("default")  # torch.compile's own
-@pytest.mark.parametrize("name", ["_turned", "_gated", "_gated_dropped", "_gated_gradients"])
+@pytest.mark.parametrize("name", ["_gated", "_gated_dropped", "_gated_gradients"])
 def test_what_a_gpu_compiles_to_one_kernel_is_the_same_function(name):
     function = getattr(fused, name).__wrapped__
-    x, y, z = (torch.randn(3, 20, 4, 16, requires_grad=name == "_turned") for _ in range(3))
-    args = {
-        "_turned": (x, torch.randn(20, 1, 8, 2)),
-        "_gated": (x, y),
-        "_gated_dropped": (x, y, None, 0.1),
-        "_gated_gradients": (x, y, z),
-    }[name]
+    x, y, z = (torch.randn(3, 20, 4, 16) for _ in range(3))
+    args = {"_gated": (x, y), "_gated_dropped": (x, y, None, 0.1), "_gated_gradients": (x, y, z)}[name]
     compiled = torch.compile(function, dynamic=True)
     torch.testing.assert_close(compiled(*args), function(*args), rtol=1e-5, atol=1e-5)
-    if name == "_turned":
-        got, expected = (torch.autograd.grad(f(*args).square().sum(), x) for f in (compiled, function))
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("default")  # torch.compile's own
+def test_rotations_are_compiled_once_for_all_batches_and_lengths():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cache = torch.randn(64, 1, 8, 2)
+    for heads in (4, 2):
+        for batch, length in [(3, 20), (2, 64), (5, 7)]:
+            x = torch.randn(batch, length, heads, 16, requires_grad=True)
+            args = (x, cache[:length])
+            results = [f(*args) for f in (fused._turned_on_gpu, fused._turned)]
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            got, expected = (torch.autograd.grad(result.square().sum(), x) for result in results)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 2  # one for each number of heads
 
 
 def test_nothing_is_dropped_in_evaluation():

@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from lm_eval.api.instance import Instance
 from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import has_bos_prefix
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
@@ -536,6 +537,8 @@ class TTTVLLM(vllm_causallms.VLLM):
             dtype=self._dtype,
             device=self.fit_device,
             activation_bytes=self._memory.activations if self._memory else None,
+            # Not where the user has the engine in this process, too.
+            memory_bytes=self._memory.trainer if self._memory and envs.VLLM_ENABLE_V1_MULTIPROCESSING else None,
         )
         work = self.fit_work(group.sequences)
         return trainer.fit(

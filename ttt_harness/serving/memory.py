@@ -11,7 +11,7 @@ import torch
 GIB = 2**30
 
 # Besides weights and caches: a CUDA context, the engine's graphs and the activations of its largest batch.
-ENGINE_OVERHEAD = 4 * GIB
+ENGINE_OVERHEAD = 3 * GIB
 # Besides weights and activations: a CUDA context, logits of a batch, the allocator's slack.
 TRAINER_OVERHEAD = 2 * GIB
 # Parameters, gradients and AdamW's two moments.
@@ -21,7 +21,7 @@ ENGINE_ADAPTER_COPIES = 2
 # A fit with less room than this would spend its time in micro-batches too small for the card.
 LEAST_ACTIVATIONS = 4 * GIB
 # More than this many tokens' keys and values, or activations, gain nothing.
-ENOUGH_KV_TOKENS = 64 * 1024
+ENOUGH_KV_TOKENS = 48 * 1024
 ENOUGH_FIT_TOKENS = 8 * 1024
 
 
@@ -37,11 +37,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Whether trainer and engine take turns, what each may use for its tokens, and why, in one line."""
+    """Whether trainer and engine take turns, what each may use in all and for its tokens, and why, in one line."""
 
     turns: bool
-    kv_cache: int
     engine: int
+    kv_cache: int
+    trainer: int
     activations: int
     reason: str
 
@@ -80,4 +81,4 @@ def plan_memory(budget: int, sizes: Sizes, context: int) -> MemoryPlan | None:
         if turns
         else f"memory: trainer and engine both stay on the GPU ({sizes_in_words}, of {budget / GIB:.1f} GiB)"
     )
-    return MemoryPlan(turns=turns, kv_cache=kv, engine=engine, activations=activations, reason=reason)
+    return MemoryPlan(turns, engine=engine, kv_cache=kv, trainer=trainer, activations=activations, reason=reason)

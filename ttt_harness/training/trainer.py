@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ttt_harness.training.fused import fuse
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
 # Activations may take as much memory as the base weights, and this much (bytes) in any case.
-ACTIVATION_BYTES = 640 * 2**20
+ACTIVATION_BYTES = 528 * 2**20
 # So many logits at a time, in float32: 64 MiB, and as much again for their gradient and their exponentials.
 LOGITS = 2**24
 
@@ -45,12 +46,28 @@ OnStep = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted adapter: PEFT name -> tensor on the CPU; the loss of each step; tokens seen; wall-clock seconds."""
+    """A fitted adapter and how it came about.
 
-    weights: dict[str, Tensor]
+    trained: torchtune name -> tensor, a copy of the trainer's where that is. shape: of the base model. losses: of each
+    step. tokens: seen. seconds: wall-clock.
+    """
+
+    trained: dict[str, Tensor]
+    shape: ModelShape
     losses: list[float]
     tokens: int
     seconds: float
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """PEFT name -> tensor on the CPU.
+
+        From a GPU they come when they are first asked for, on a stream of its own: another thread can do so while the
+        next adapter is fitted.
+        """
+        with _beside_the_next_fit():
+            moved = {name: tensor.to("cpu") for name, tensor in self.trained.items()}
+        return FAMILIES[self.shape.architecture].to_peft(moved, self.shape)
 
 
 class Trainer:
@@ -67,10 +84,18 @@ class Trainer:
         dtype: torch.dtype,
         device: str,
         activation_bytes: int | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
-        """Load the model. `activation_bytes`: what autograd may keep at a time; None takes a share of the weights."""
+        """Load the model.
+
+        Args:
+            activation_bytes: what autograd may keep at a time; None takes a share of the weights.
+            memory_bytes: what all of the trainer may take of a GPU that others use too; None for no limit.
+        """
         self.shape = shape
         self.device = device
+        if device != "cpu":
+            _share_gpu(memory_bytes)
         self.model = load_base_model(
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
@@ -120,9 +145,9 @@ class Trainer:
                 schedule.step()
                 if on_step:
                     on_step(len(losses), len(batches), losses[-1])
-        trained = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.adapter.items()}
         return FitResult(
-            weights=FAMILIES[self.shape.architecture].to_peft(trained, self.shape),
+            trained={name: parameter.detach().clone() for name, parameter in self.adapter.items()},
+            shape=self.shape,
             losses=losses,
             tokens=epochs * sum(len(sequence.tokens) for sequence in sequences),
             seconds=time.perf_counter() - start,
@@ -200,6 +225,30 @@ def release_trainer() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _share_gpu(memory_bytes: int | None) -> None:
+    """Have torch keep no more of the GPU than tensors need, and at most `memory_bytes`.
+
+    Batches of many lengths leave pieces of memory that fit none of the next; torch keeps those, by tens of GiB, unless
+    its segments can grow. At the limit it gives back what it keeps, before it says that memory is full.
+    """
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total) if memory_bytes else 1.0)
+
+
+@contextmanager
+def _beside_the_next_fit() -> Iterator[None]:
+    """A stream of its own for what this thread has a GPU do, after what the GPU was given until now."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
 
 
 def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:
