@@ -11,7 +11,7 @@ import torch
 GIB = 2**30
 
 # Besides weights and caches: a CUDA context, the engine's graphs and the activations of its largest batch.
-ENGINE_OVERHEAD = 3 * GIB
+ENGINE_OVERHEAD = 7 * GIB // 2
 # Besides weights and activations: a CUDA context, logits of a batch, the allocator's slack.
 TRAINER_OVERHEAD = 2 * GIB
 # Parameters, gradients and AdamW's two moments.
