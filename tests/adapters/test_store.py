@@ -152,10 +152,16 @@ def test_a_key_depends_on_every_determinant_and_not_on_their_order():
     assert len(adapter_key({})) == 32
 
 
-def test_a_fingerprint_sees_every_byte_of_the_weights(tmp_path):
+@pytest.mark.parametrize("piece", [1000, 1300, 2**24])
+def test_a_fingerprint_sees_every_byte_of_the_weights_and_their_order(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("ttt_harness.adapters.store.PIECE", piece)
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"0" * 5000)
-    first = fingerprint(tmp_path)
-    weights.write_bytes(b"0" * 4000 + b"1" + b"0" * 999)
-    assert fingerprint(tmp_path) != first
+    contents = [b"0" * 5000, b"0" * 4999, b"0" * 4999 + b"1", b"1" + b"0" * 4999, b"1" * 1000 + b"0" * 4000]
+    contents.append(contents[-1][::-1])
+    seen = set()
+    for content in contents:
+        weights.write_bytes(content)
+        seen.add(fingerprint(tmp_path))
+        assert fingerprint(tmp_path) in seen
+    assert len(seen) == len(contents)

@@ -1,10 +1,12 @@
 """Training sequences: permutations, the tokens a prompt has, and masks."""
 
+import itertools
 import random
 
 import pytest
 from transformers import AutoTokenizer
 
+from ttt_harness.data.masks import label_mask, untouched
 from ttt_harness.data.sequences import in_context_sequences, permutations, single_pair_sequences, tokenize
 from ttt_harness.data.support import Demonstration, SupportSet, in_context_text
 from ttt_harness.errors import DataError
@@ -30,6 +32,26 @@ def encode(tokenizer):
         return encoding.input_ids, encoding.offset_mapping
 
     return encode
+
+
+def test_masks_are_what_their_definition_says_of_each_token_and_span():
+    rng = random.Random(0)
+    for _ in range(300):
+        cuts = sorted(rng.sample(range(1, 30), rng.randint(2, 12)))
+        tokens = [(0, 0), *itertools.pairwise([0, *cuts]), (0, 0)]  # special tokens stand for no characters
+        if rng.random() < 0.5:
+            tokens.insert(3, tokens[2])  # one character in two tokens
+        borders = sorted(rng.sample(range(35), 6))
+        spans = [(borders[0], borders[1]), (borders[2], borders[3]), (borders[4], borders[5])]
+        expected = [
+            index > 0 and stop > 0 and any(start < stop <= end for start, end in spans)
+            for index, (_, stop) in enumerate(tokens)
+        ]
+        assert label_mask(tokens, spans, loss_on="outputs") == expected
+        assert sum(label_mask(tokens, spans, loss_on="all")) == len(tokens) - 2
+        assert untouched(tokens, spans) == [
+            (start, end) for start, end in spans if not any(a < end and start < b and a < b for a, b in tokens)
+        ]
 
 
 def test_permutations_are_repeatable_and_distinct_as_long_as_there_are_others():

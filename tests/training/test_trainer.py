@@ -8,7 +8,7 @@ from torchtune.modules.peft import get_adapter_params
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, labelled_states
+from ttt_harness.training.trainer import Trainer, _late, labelled_states
 
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
@@ -52,6 +52,20 @@ def test_a_fit_lowers_the_loss_and_counts_what_it_saw(trainer, sequences):
     assert steps[-1] == (20, 20, result.losses[-1])
 
 
+@pytest.mark.parametrize("behind", [0, 1, 2, 9])
+def test_a_loss_is_read_once_later_steps_are_there_and_none_is_lost(behind):
+    made = []
+
+    def steps():
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    for number in _late(steps(), behind=behind):
+        assert len(made) == min(5, number + behind + 1)
+    assert list(_late(range(5), behind=behind)) == [0, 1, 2, 3, 4]
+
+
 def test_no_epochs_leave_an_adapter_without_effect(trainer, sequences):
     weights = trainer.fit(sequences, **{**FIT, "epochs": 0}).weights
     assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
@@ -84,7 +98,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, m
     torch.manual_seed(0)
     trainer._reset()
     trainer.model.eval()  # no dropout, whose random numbers fall elsewhere in other micro-batches
-    loss = trainer._backward(sequences)
+    loss = trainer._backward(sequences).item()
     # Plain computation: every sequence alone, all logits, mean over the labelled tokens of the batch.
     losses = []
     for sequence in sequences:
@@ -106,7 +120,7 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(traine
     torch.manual_seed(0)
     trainer._reset()
     trainer.model.eval()
-    loss = trainer._backward(sequences)
+    loss = trainer._backward(sequences).item()
     expected = [parameter.grad.clone() for parameter in trainer.adapter.values()]
     for parameter in trainer.adapter.values():
         parameter.grad = None
@@ -120,7 +134,7 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_gradient(traine
 
     monkeypatch.setattr("ttt_harness.training.trainer.labelled_states", limited)
     monkeypatch.setattr(trainer, "max_tokens", 200)
-    assert trainer._backward_within_memory(sequences) == pytest.approx(loss, rel=1e-5)
+    assert trainer._backward_within_memory(sequences).item() == pytest.approx(loss, rel=1e-5)
     assert trainer.max_tokens == 50
     for parameter, gradient in zip(trainer.adapter.values(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)

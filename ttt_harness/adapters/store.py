@@ -9,6 +9,7 @@ Whoever fits an adapter holds its lock meanwhile (`fitting`), so that others tha
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from ttt_harness.errors import StoreError
 from ttt_harness.locks import file_lock
 
 RECORD_NAME = "ttt.json"
+PIECE = 2**24  # bytes of a base model's file that are hashed at a time
 _log = logging.getLogger(__name__)
 
 
@@ -49,17 +51,23 @@ def fingerprint(model_dir: Path) -> str:
     """A hash of a base model's config and weights, by content: 64 hexadecimal digits."""
     paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as readers:  # hashing runs outside Python's lock, and a large model has many files
-        for path, content in zip(paths, readers.map(_content_hash, paths), strict=True):
-            digest.update(path.name.encode() + b"\0" + content)
+    # Hashing runs outside Python's lock, and pieces keep all cores at it: few large files alone would not.
+    with ThreadPoolExecutor() as hashers:
+        for path in paths:
+            digest.update(path.name.encode() + b"\0")
+            name = path.resolve().name
+            if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
+                digest.update(name.encode())  # the hub's cache names its files by their sha256
+            else:
+                for piece in hashers.map(_piece_hash, itertools.repeat(path), range(0, path.stat().st_size, PIECE)):
+                    digest.update(piece)
     return digest.hexdigest()
 
 
-def _content_hash(path: Path) -> bytes:
-    name = path.resolve().name
-    if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
-        return name.encode()  # the hub's cache names its files by their sha256
-    return bytes.fromhex(_sha256(path))
+def _piece_hash(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(PIECE)).digest()
 
 
 class AdapterStore:

@@ -1,5 +1,6 @@
 """Which tokens carry the loss."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 
@@ -19,14 +20,22 @@ def label_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, 
         A mask of shape [tokens].
     """
     spans = answers[-1:] if loss_on == "last" else answers
+    ends = [end for _, end in spans]
     marked = []
     for index, (_, stop) in enumerate(offsets):
-        real = index > 0 and stop > 0
-        marked.append(real and (loss_on == "all" or any(start < stop <= end for start, end in spans)))
+        span = bisect_left(ends, stop)  # the first that does not end before the token does
+        wanted = loss_on == "all" or (span < len(spans) and spans[span][0] < stop)
+        marked.append(index > 0 and stop > 0 and wanted)
     return marked
 
 
-def touched(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> bool:
-    """Whether any token stands for a character of `span`; offsets as in `label_mask`."""
-    start, end = span
-    return any(first < end and start < stop for first, stop in offsets if first < stop)
+def untouched(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of `spans` of which no token stands for a character; offsets as in `label_mask`."""
+    real = [(first, stop) for first, stop in offsets if first < stop]  # special tokens have no characters
+    stops = [stop for _, stop in real]
+
+    def is_touched(start: int, end: int) -> bool:
+        token = bisect_right(stops, start)  # the first that ends after the span's start
+        return token < len(real) and real[token][0] < end
+
+    return [span for span in spans if not is_touched(*span)]

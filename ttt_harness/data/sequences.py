@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ttt_harness.data.chat import asked_text, conversation_text
-from ttt_harness.data.masks import label_mask, touched
+from ttt_harness.data.masks import label_mask, untouched
 from ttt_harness.data.support import AnnotatedText, Render, SupportSet, in_context_text
 from ttt_harness.errors import DataError
 
@@ -63,7 +63,7 @@ def tokenize(annotated: AnnotatedText, encode: Encode, *, loss_on: str) -> Train
     # A token that reaches into the continuation is not one that every prompt has.
     keep = next((index for index, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
     labelled = label_mask(offsets[:keep], annotated.answers, loss_on=loss_on)
-    lost = [annotated.text[slice(*span)] for span in annotated.targets if not touched(offsets[:keep], span)]
+    lost = [annotated.text[slice(*span)] for span in untouched(offsets[:keep], annotated.targets)]
     if lost or not any(labelled):
         raise DataError(
             f"no token to train on (loss_on={loss_on}): the answers of the demonstrations tokenize to nothing"

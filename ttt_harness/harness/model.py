@@ -379,6 +379,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             longest = max(("".join(text) for text in texts), key=len)
             self._check_length(len(self.tok_encode(longest)) + 1, f"{group.task}: a prompt and its answer")
             if group.support is not None:
+                self._check_tokenizer(longest)
                 group.sequences = self._sequences(group.task, group.support)
         fitted = [group for group in groups if group.support is not None]
         if fitted:
@@ -429,19 +430,26 @@ class TTTVLLM(vllm_causallms.VLLM):
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokenize as lm-eval's class tokenizes prompts, with the characters that each token stands for."""
-        if not self.tokenizer.is_fast:
-            raise ModelError(
-                f"the tokenizer of {self.model_dir} tells no offsets, which fitting needs; "
-                "convert it to a fast one (tokenizer.json), or use method=icl."
-            )
         special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         bos = None if self.prefix_token_id is None else self.tokenizer.decode(self.prefix_token_id)
         if has_bos_prefix(text, bos):  # from a chat template
             special = {"add_special_tokens": False}
         encoding = self.tokenizer(text, return_offsets_mapping=True, **special)
-        if encoding.input_ids != self.tok_encode(text):
-            raise ModelError(f"the tokenizer of {self.model_dir} gives training texts other tokens than prompts.")
         return encoding.input_ids, encoding.offset_mapping
+
+    def _check_tokenizer(self, text: str) -> None:
+        """Check that training texts get offsets and the tokens that prompts get, with a prompt's text.
+
+        Raises:
+            ModelError: they do not.
+        """
+        if not self.tokenizer.is_fast:
+            raise ModelError(
+                f"the tokenizer of {self.model_dir} tells no offsets, which fitting needs; "
+                "convert it to a fast one (tokenizer.json), or use method=icl."
+            )
+        if self._encode(text)[0] != self.tok_encode(text):
+            raise ModelError(f"the tokenizer of {self.model_dir} gives training texts other tokens than prompts.")
 
     @property
     def _dtype(self) -> torch.dtype:

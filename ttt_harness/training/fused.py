@@ -91,13 +91,16 @@ def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
     """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle."""
     turns = self.cache[: x.shape[1]].unsqueeze(1)
     if x.is_cuda:
-        return _turned_on_gpu(x, turns)
+        return _turned_on_gpu(x.flatten(0, 1), turns.repeat(x.shape[0], 1, 1, 1)).view(x.shape)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).type_as(x)
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """The product of complex numbers written out: torch.compile makes no kernels of complex ones."""
+    """The product of complex numbers written out: torch.compile makes no kernels of complex ones.
+
+    x: [tokens, heads, head_dim]; turns: [tokens, 1, head_dim / 2, 2].
+    """
     (real, imaginary), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), -1).flatten(-2).type_as(x)
 
@@ -106,14 +109,13 @@ _compiled_turned = torch.compile(_turned)
 
 
 def _turned_on_gpu(x: Tensor, turns: Tensor) -> Tensor:
-    """`_turned` as one kernel for any batch and length, but for these heads.
+    """`_turned` as one kernel for any number of tokens, but for these heads.
 
     Where an element stands among the heads is a division for each; by a number known beforehand it costs little.
     """
-    for tensor, lengths, widths in ((x, (0, 1), (2, 3)), (turns, (0,), (1, 2, 3))):
-        for dim in lengths:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-        torch._dynamo.mark_static(tensor, list(widths))
+    for tensor in (x, turns):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
     return _compiled_turned(x, turns)
 
 

@@ -13,11 +13,12 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ LOGITS = 2**24
 _log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, float], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,18 @@ class Trainer:
             schedule = get_cosine_schedule_with_warmup(
                 optimizer, num_warmup_steps=math.floor(warmup_ratio * len(batches)), num_training_steps=len(batches)
             )
+
+            def steps() -> Iterator[Tensor]:
+                for batch in batches:
+                    yield self._backward_within_memory(batch)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    schedule.step()
+
             losses: list[float] = []
-            for batch in batches:
-                losses.append(self._backward_within_memory(batch))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
+            # A GPU is given the next step before anyone waits for this one's loss, and so is never without work.
+            for loss in _late(steps(), behind=0 if self.device == "cpu" else 1):
+                losses.append(loss.item())
                 if on_step:
                     on_step(len(losses), len(batches), losses[-1])
         return FitResult(
@@ -160,7 +168,7 @@ class Trainer:
             if isinstance(module, LoRALinear):
                 module.initialize_parameters()
 
-    def _backward_within_memory(self, batch: Sequence[TrainingSequence]) -> float:
+    def _backward_within_memory(self, batch: Sequence[TrainingSequence]) -> Tensor:
         """As `_backward`; where the memory does not suffice, again with micro-batches half as large.
 
         Raises:
@@ -182,17 +190,19 @@ class Trainer:
             torch.cuda.empty_cache()
             _log.warning("The GPU's memory is full; fitting goes on with %d tokens at a time.", self.max_tokens)
 
-    def _backward(self, batch: Sequence[TrainingSequence]) -> float:
+    def _backward(self, batch: Sequence[TrainingSequence]) -> Tensor:
         """Add up the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
         labels = sum(sum(sequence.labelled) for sequence in batch)
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for part in _micro_batches(batch, self.max_tokens):
-            tokens, labelled = _pad(part, self.device)
-            states = labelled_states(self.model, tokens, labelled, recompute=tokens.numel() > self.max_tokens)
-            total += self._backward_through_logits(states, tokens[labelled], labels)
+            tokens, labelled = _pad(part)
+            targets = tokens[labelled].to(self.device)
+            recompute = tokens.numel() > self.max_tokens
+            states = labelled_states(self.model, tokens.to(self.device), labelled, recompute=recompute)
+            total += self._backward_through_logits(states, targets, labels)
         return total
 
-    def _backward_through_logits(self, states: Tensor, targets: Tensor, labels: int) -> float:
+    def _backward_through_logits(self, states: Tensor, targets: Tensor, labels: int) -> Tensor:
         """Backward from the cross-entropy of `targets`, summed and divided by `labels`; returns that loss.
 
         The logits of some positions at a time: of a large vocabulary, those of all would take more memory than the
@@ -210,7 +220,7 @@ class Trainer:
             gradient_of_some.copy_(of_some)
             loss += part.detach()
         states.backward(gradient)
-        return loss.item()
+        return loss
 
 
 @functools.lru_cache(maxsize=1)
@@ -257,7 +267,8 @@ def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
     Args:
         model: a torchtune decoder.
         tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
-        labelled: [batch, tokens], True where the token is to be predicted; False at the first token.
+        labelled: [batch, tokens], True where the token is to be predicted; False at the first token. On the CPU, so
+            that nobody has to wait for a GPU to know where.
         recompute: keep only what lies between the layers, and compute the rest again for the gradient: a third more
             time, a fraction of the memory.
 
@@ -269,7 +280,7 @@ def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor,
     for layer in layers:
         hidden = _recomputed(layer, hidden) if recompute else layer(hidden)
     rows, columns = labelled[:, 1:].nonzero(as_tuple=True)
-    at = rows * tokens.shape[1] + columns
+    at = (rows * tokens.shape[1] + columns).to(tokens.device)
     last_at = functools.partial(_layer_at, last)
     hidden = _recomputed(last_at, hidden, at) if recompute else last_at(hidden, at)
     return model.norm(hidden)
@@ -305,6 +316,16 @@ def _in_returned_memory(layer: Callable[..., Tensor], hidden: Tensor, *args: Ten
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
+def _late(items: Iterable[T], *, behind: int) -> Iterator[T]:
+    """Yield `items` in order, each once `behind` more of them are there, or all."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > behind:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def _batches(
     sequences: Sequence[TrainingSequence], *, batch_size: int, epochs: int, seed: int
 ) -> Iterator[list[TrainingSequence]]:
@@ -323,12 +344,12 @@ def _micro_batches(batch: Sequence[TrainingSequence], max_tokens: int) -> Iterat
         yield batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
 
 
-def _pad(part: Sequence[TrainingSequence], device: str) -> tuple[Tensor, Tensor]:
-    """Token ids and labels of shape [sequences, longest], padded on the right with token 0, unlabelled."""
+def _pad(part: Sequence[TrainingSequence]) -> tuple[Tensor, Tensor]:
+    """Token ids and labels of shape [sequences, longest], on the CPU, padded on the right with token 0, unlabelled."""
     longest = max(len(sequence.tokens) for sequence in part)
     tokens = torch.zeros((len(part), longest), dtype=torch.long)
     labelled = torch.zeros((len(part), longest), dtype=torch.bool)
     for row, sequence in enumerate(part):
         tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
         labelled[row, : len(sequence.tokens)] = torch.tensor(sequence.labelled)
-    return tokens.to(device), labelled.to(device)
+    return tokens, labelled
