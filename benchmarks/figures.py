@@ -21,6 +21,8 @@ def figures(stages: Stages) -> dict[str, float]:
     """The figures of one run.
 
     ratio_total, ratio_total_same_kernels: wall-clock of the original pipeline over this project's, on the same tasks.
+    ratio_total_scaled: where the original ran fewer tasks, the whole of its work estimated from them (see
+        `original_scaled`) over this project's.
     ratio_fit_per_token: seconds per trained token within the original's training loops over this project's fits.
     ratio_fit_with_start: the same with the original's whole processes.
     fit_peak_fraction: useful operations per second of this project's fits over the measured matmul peak.
@@ -59,6 +61,8 @@ def figures(stages: Stages) -> dict[str, float]:
         if compared and served and set(served["tasks"]) == set(compared["tasks"]) == set(fits):
             total = sum(fit["seconds"] for fit in fits.values()) + served["seconds"]
             found[name] = total / compared["seconds"]
+    if mine and (scaled := original_scaled(stages)):
+        found["ratio_total_scaled"] = scaled / mine["seconds"]
     if "adapter" in stages:
         adapter, plain = (_pass_seconds(stages["adapter"], with_adapter) for with_adapter in (True, False))
         found["ratio_generate_adapter"] = sum(adapter.values()) / sum(plain.values())
@@ -72,6 +76,23 @@ def figures(stages: Stages) -> dict[str, float]:
         found["fit_peak_bytes"] = worst["peak_bytes"]
         found["fit_limit_bytes"] = worst["limit_bytes"]
     return found
+
+
+def original_scaled(stages: Stages) -> float | None:
+    """Seconds that the original would take for all of this project's tasks, estimated from fewer that it ran.
+
+    Training loops by trained tokens, the rest of their processes by tasks, answers by tokens of prompts and answers;
+    the engine starts once. None where it ran all of them, or some of its stages are missing.
+    """
+    mine, fits, served = stages["ours"]["tasks"], stages.get("original_fits", {}), stages.get("original_serve")
+    if not served or set(served["tasks"]) != set(fits) or not set(fits) < set(mine):
+        return None
+    loops = sum(fit["loop_seconds"] for fit in fits.values())
+    trained = sum(task["train_tokens"] for task in mine.values()) / sum(fit["train_tokens"] for fit in fits.values())
+    around = (sum(fit["seconds"] for fit in fits.values()) - loops) / len(fits)
+    asked = _asked(mine.values()) / _asked(mine[name] for name in fits)
+    answers = served["generate_seconds"]
+    return loops * trained + around * len(mine) + served["seconds"] - answers + answers * asked
 
 
 def _rate(tasks: list[dict[str, Any]], seconds: str) -> float:

@@ -14,6 +14,7 @@ GIB = 2**30
 MEANINGS = {
     "ratio_total": "original / this project, whole job",
     "ratio_total_same_kernels": "the same, the original with this project's LoRA kernels",
+    "ratio_total_scaled": "the same, the original's tasks beyond those that it ran estimated from them",
     "ratio_fit_per_token": "fit: original / this project, seconds per token, training loops alone",
     "ratio_fit_with_start": "fit: the same with the start of the original's processes",
     "fit_peak_fraction": "fit: part of the measured matmul peak",

@@ -100,6 +100,15 @@ def test_the_whole_job_is_compared_on_the_same_tasks_only(stages):
     assert figures(stages)["ratio_total"] == (20 + 60) / 4
 
 
+def test_the_whole_of_the_original_is_estimated_from_some_of_its_tasks(stages):
+    assert "ratio_total_scaled" not in figures(stages)  # it ran all of them
+    del stages["original_fits"]["two"]
+    stages["original_serve"]["tasks"] = {"one": task(1.0, 10)}
+    stages["ours"]["tasks"] = {"one": task(1.0, 20), "two": task(3.0, 30)}
+    fits = 12.0 * 50 / 20 + 2 * (20.0 - 12.0)
+    assert figures(stages)["ratio_total_scaled"] == pytest.approx((fits + (60.0 - 40.0) + 40.0 * 2) / 10.0)
+
+
 @pytest.mark.parametrize("name", ["ours", "original_fits", "original_serve", "adapter", "memory_full", "peak_after"])
 def test_a_missing_stage_leaves_its_figures_out(stages, name):
     whole = figures(stages)

@@ -6,6 +6,7 @@ it at the first request, so that everything that can be wrong with a run is foun
 
 import atexit
 import os
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -182,9 +183,9 @@ def shared_engine(**engine_args: Any) -> Engine:
 
 
 def _reason(error: Exception) -> str:
-    """The last telling line of an exception of vLLM's, whose messages run over many."""
+    """The first sentence of an exception of vLLM's, whose messages run over many lines."""
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic
         return "; ".join(str(item.get("msg", item)) for item in errors())
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    paragraph = str(error).strip().partition("\n\n")[0].split()
+    return (textwrap.shorten(" ".join(paragraph), 300, placeholder=" ...") or type(error).__name__).rstrip(".")

@@ -21,7 +21,8 @@ def prepare_environment() -> None:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "OMP_NUM_THREADS": str(cores),
         "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
-        "TOKENIZERS_PARALLELISM": "false",
+        # Said explicitly, it brings no warning at each process that is started. None of ours tokenizes after a fork.
+        "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if not logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
