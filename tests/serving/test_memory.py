@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ttt_harness.serving.memory import ENGINE_OVERHEAD, GIB, TRAINER_OVERHEAD, Sizes, plan_memory
+from ttt_harness.serving.memory import ADAPTER_COPIES, ENGINE_OVERHEAD, GIB, TRAINER_OVERHEAD, Sizes, plan_memory
 
 # Llama-3.1-8B in bfloat16, rank 64.
 EIGHT_B = Sizes(base=16 * 10**9, adapter=318 * 10**6, kv_token=131072, fit_token=6_550_000)
@@ -35,7 +35,7 @@ def test_no_plan_spends_more_than_there_is_and_all_can_work(sizes, context, gib)
     plan = plan_memory(gib * GIB, sizes, context)
     if plan is None:
         return
-    trainer = sizes.base + 4 * sizes.adapter + TRAINER_OVERHEAD + plan.activations
+    trainer = sizes.base + ADAPTER_COPIES * sizes.adapter + TRAINER_OVERHEAD + plan.activations
     engine = sizes.base + 2 * sizes.adapter + ENGINE_OVERHEAD + plan.kv_cache
     assert (plan.trainer, plan.engine) == (trainer, engine)
     assert (max(trainer, engine) if plan.turns else trainer + engine) <= gib * GIB

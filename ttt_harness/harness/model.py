@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -127,6 +127,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self._writing: Future[None] | None = None
         self._pool: Pool | None = None
         if workers > 1:
             self._pool = shared_pool(workers, gpus_per_worker=self.tensor_parallel_size)
@@ -280,7 +281,9 @@ class TTTVLLM(vllm_causallms.VLLM):
             progress.say(self._memory.reason)
             self.begin_fits()
             if self._memory.turns:
-                for item in list(fits):
+                fitted = list(fits)
+                wait([stored for *_, stored in fitted if stored is not None])  # off the GPU, that is
+                for item in fitted:
                     finish(*item)
             else:
                 _in_background(fits, finish)
@@ -317,7 +320,10 @@ class TTTVLLM(vllm_causallms.VLLM):
             if self._stored(group.key) is not None:
                 return None
             result = self._fit(group, progress, where)
-            return writer.submit(self._keep, group, result, held.pop_all())
+            if self._writing is not None:
+                wait([self._writing])  # else a slow store would have adapters pile up on the GPU
+            self._writing = writer.submit(self._keep, group, result, held.pop_all())
+            return self._writing
 
     def answer_group(
         self,

@@ -188,4 +188,4 @@ def _reason(error: Exception) -> str:
     if callable(errors):  # pydantic
         return "; ".join(str(item.get("msg", item)) for item in errors())
     paragraph = str(error).strip().partition("\n\n")[0].split()
-    return (textwrap.shorten(" ".join(paragraph), 300, placeholder=" ...") or type(error).__name__).rstrip(".")
+    return (textwrap.shorten(" ".join(paragraph), 300, placeholder=" [...]") or type(error).__name__).rstrip(".")

@@ -14,8 +14,8 @@ GIB = 2**30
 ENGINE_OVERHEAD = 7 * GIB // 2
 # Besides weights and activations: a CUDA context, logits of a batch, the allocator's slack.
 TRAINER_OVERHEAD = 2 * GIB
-# Parameters, gradients and AdamW's two moments.
-ADAPTER_COPIES = 4
+# Parameters, gradients, AdamW's two moments, and two that are on their way to the store.
+ADAPTER_COPIES = 6
 # vLLM keeps each adapter that it serves with twice: read, and in the stacked buffers of its kernels.
 ENGINE_ADAPTER_COPIES = 2
 # A fit with less room than this would spend its time in micro-batches too small for the card.
