@@ -97,7 +97,7 @@ class Trainer:
         self.shape = shape
         self.device = device
         if device != "cpu":
-            _share_gpu(memory_bytes)
+            _keep_to_share(memory_bytes)
         self.model = load_base_model(
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
@@ -238,7 +238,7 @@ def release_trainer() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _share_gpu(memory_bytes: int | None) -> None:
+def _keep_to_share(memory_bytes: int | None) -> None:
     """Have torch keep no more of the GPU than tensors need, and at most `memory_bytes`.
 
     Batches of many lengths leave pieces of memory that fit none of the next; torch keeps those, by tens of GiB, unless
