@@ -383,9 +383,10 @@ class TTTVLLM(vllm_causallms.VLLM):
         for group in groups:
             texts = ([arg for arg in requests[index].args if isinstance(arg, str)] for index in group.indices)
             longest = max(("".join(text) for text in texts), key=len)
-            self._check_length(len(self.tok_encode(longest)) + 1, f"{group.task}: a prompt and its answer")
+            tokens = self.tok_encode(longest)
+            self._check_length(len(tokens) + 1, f"{group.task}: a prompt and its answer")
             if group.support is not None:
-                self._check_tokenizer(longest)
+                self._check_tokenizer(longest, tokens)
                 group.sequences = self._sequences(group.task, group.support)
         fitted = [group for group in groups if group.support is not None]
         if fitted:
@@ -443,8 +444,8 @@ class TTTVLLM(vllm_causallms.VLLM):
         encoding = self.tokenizer(text, return_offsets_mapping=True, **special)
         return encoding.input_ids, encoding.offset_mapping
 
-    def _check_tokenizer(self, text: str) -> None:
-        """Check that training texts get offsets and the tokens that prompts get, with a prompt's text.
+    def _check_tokenizer(self, text: str, tokens: list[int]) -> None:
+        """Check that training texts get offsets and the tokens that prompts get, with a prompt's text and tokens.
 
         Raises:
             ModelError: they do not.
@@ -454,7 +455,7 @@ class TTTVLLM(vllm_causallms.VLLM):
                 f"the tokenizer of {self.model_dir} tells no offsets, which fitting needs; "
                 "convert it to a fast one (tokenizer.json), or use method=icl."
             )
-        if self._encode(text)[0] != self.tok_encode(text):
+        if self._encode(text)[0] != tokens:
             raise ModelError(f"the tokenizer of {self.model_dir} gives training texts other tokens than prompts.")
 
     @property
