@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--stages",
         metavar="NAMES",
-        help="some of ours,original,same_kernels,adapter,prefix,turns,engines,memory (default: all of the machine)",
+        help="some of ours,original,same_kernels,fits,adapter,prefix,turns,engines,memory (default: all of a machine)",
     )
     compare.set_defaults(run=_compare)
 

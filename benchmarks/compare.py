@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import flops, memory, original, ours, process
+from benchmarks import fits, flops, original, ours, process
 from benchmarks.results import ResultsFile
 from benchmarks.serve import write_order
 from benchmarks.workload import TaskWork, Tokenizer, Workload
@@ -21,9 +21,9 @@ from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError
 from ttt_harness.training.checkpoint import ModelShape, read_config
 
-# In the order in which they run. `same_kernels` is for a CPU only, `turns` for a GPU; `prefix` and `engines` are left
-# out on a CPU unless they are asked for.
-STAGES = ("ours", "original", "same_kernels", "adapter", "prefix", "turns", "engines", "memory")
+# In the order in which they run. `same_kernels` is for a CPU only, `turns` for a GPU; `fits`, `prefix` and `engines`
+# are left out on a CPU unless they are asked for.
+STAGES = ("ours", "original", "same_kernels", "fits", "adapter", "prefix", "turns", "engines", "memory")
 # Stages that use what another one made.
 NEEDS = {"same_kernels": "original", "adapter": "ours", "prefix": "ours", "engines": "ours"}
 # Generation with an adapter and without is compared over this many passes of each.
@@ -170,7 +170,7 @@ class Benchmark:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that run."""
-        left_out = ("same_kernels",) if self.device == "cuda" else ("prefix", "turns", "engines")
+        left_out = ("same_kernels",) if self.device == "cuda" else ("fits", "prefix", "turns", "engines")
         return self.settings.stages or tuple(stage for stage in STAGES if stage not in left_out)
 
     @property
@@ -187,6 +187,8 @@ class Benchmark:
         mine = self._run_ours(record, folder) if "ours" in self.stages else None
         if "original" in self.stages:
             self._run_original(record, folder)
+        if "fits" in self.stages:
+            record.stage("fits", "fits with nothing beside them", self._fits, folder)
         if mine and "adapter" in self.stages:
             record.stage("adapter", "generation with and without adapter", self._adapter, folder, mine)
         if mine and "prefix" in self.stages:
@@ -199,7 +201,7 @@ class Benchmark:
                 record.stage(name, what, self._variant, folder, name, mine, arguments, under="engines")
         if number == 1 and "memory" in self.stages:
             first = self.compared[0].sequences[: self.config.fit_batch_size]
-            full = memory.filling(first[0], self._engine()["max_model_len"])
+            full = fits.filling(first[0], self._engine()["max_model_len"])
             record.stage("memory_short", "memory of a fit", self._memory, folder, "memory_short", first)
             record.stage("memory_full", "memory of a fit that fills the context", self._memory, folder, "full", full)
         record.stage("peak_after", "matmul peak", self._peak)
@@ -214,18 +216,18 @@ class Benchmark:
         return mine
 
     def _run_original(self, record: "Recorder", folder: Path) -> None:
-        fits = {}
+        fitted = {}
         for task in self.compared:
             what = f"original pipeline: fit of {task.name}"
             if fit := record.stage(task.name, what, self._original_fit, folder, task, under="original_fits"):
-                fits[task.name] = fit
-        if len(fits) < len(self.compared):
+                fitted[task.name] = fit
+        if len(fitted) < len(self.compared):
             return
         name = "original_serve"
-        record.stage(name, "original pipeline: serving", self._original_serve, folder, name, fits, False)
+        record.stage(name, "original pipeline: serving", self._original_serve, folder, name, fitted, False)
         if self.device == "cpu" and "same_kernels" in self.stages:
             name, what = f"{name}_same_kernels", "original pipeline: serving with this project's LoRA kernels"
-            record.stage(name, what, self._original_serve, folder, name, fits, True)
+            record.stage(name, what, self._original_serve, folder, name, fitted, True)
 
     def project(self, folder: Path) -> dict[str, Any]:
         """This project alone on all tasks; `folder` is made.
@@ -286,7 +288,7 @@ class Benchmark:
         done["fit_flops"] = flops.fit_flops(self.shape, self.config.lora_rank, task.sequences)
         return done
 
-    def _original_serve(self, folder: Path, name: str, fits: dict[str, Any], own_kernels: bool) -> dict[str, Any]:
+    def _original_serve(self, folder: Path, name: str, fitted: dict[str, Any], own_kernels: bool) -> dict[str, Any]:
         engine = {
             "model": str(self.model_dir),
             "dtype": self.dtype,
@@ -302,7 +304,7 @@ class Benchmark:
             work,
             folder / "original" / name,
             engine=engine,
-            adapters={task: fit["adapter"] for task, fit in fits.items()},
+            adapters={task: fit["adapter"] for task, fit in fitted.items()},
             own_kernels=own_kernels,
             limit=self.settings.stage_limit,
         )
@@ -403,10 +405,30 @@ class Benchmark:
         """The tasks of the comparison that this project has fitted."""
         return [task for task in self.compared if task.name in mine["tasks"]]
 
+    def _fits(self, folder: Path) -> dict[str, Any]:
+        work = self.compared
+        # The first one of a process is slow, and not counted.
+        done = self._make_fits(folder / "fits", [work[0].sequences, *(task.sequences for task in work)])
+        return {
+            "tasks": {
+                task.name: {
+                    "fit_seconds": seconds,
+                    "train_tokens": sum(len(sequence.tokens) for sequence in task.sequences),
+                    "fit_flops": flops.fit_flops(self.shape, self.config.lora_rank, task.sequences),
+                }
+                for task, seconds in zip(work, done["seconds"][1:], strict=True)
+            },
+            "peak_bytes": done["peak_bytes"],
+        }
+
     def _memory(self, folder: Path, name: str, sequences: Sequence[Any]) -> dict[str, Any]:
-        return memory.fit_peak(
-            sequences,
-            folder / name,
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        return {**self._make_fits(folder / name, [sequences]), "tokens": longest}
+
+    def _make_fits(self, folder: Path, work: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        return fits.make(
+            work,
+            folder,
             model_dir=self.model_dir,
             config=self.config,
             dtype=self.dtype,

@@ -25,7 +25,8 @@ def figures(stages: Stages) -> dict[str, float]:
         `original_scaled`) over this project's.
     ratio_fit_per_token: seconds per trained token within the original's training loops over this project's fits.
     ratio_fit_with_start: the same with the original's whole processes.
-    fit_peak_fraction: useful operations per second of this project's fits over the measured matmul peak.
+    fit_peak_fraction, fit_peak_fraction_alone: useful operations per second of this project's fits over the measured
+        matmul peak, in the whole run and with nothing beside them.
     ratio_generate_adapter: generation with adapters over without, medians of passes.
     ratio_generate_prefix_caching: generation without prefix caching over with, the same requests and adapters.
     total_seconds: from the first request to the last answer of this project; process_seconds: its whole process.
@@ -43,6 +44,9 @@ def figures(stages: Stages) -> dict[str, float]:
         work = sum(task["fit_flops"] for task in mine["tasks"].values())
         if mine["fit_seconds"]:
             found["fit_peak_fraction"] = work / mine["fit_seconds"] / peak_flops(stages)
+    if alone := list(stages.get("fits", {}).get("tasks", {}).values()):
+        rate = sum(task["fit_flops"] for task in alone) / sum(task["fit_seconds"] for task in alone)
+        found["fit_peak_fraction_alone"] = rate / peak_flops(stages)
     compared = stages.get("ours_compared") or mine
     fits = stages.get("original_fits", {})
     if mine and fits:

@@ -18,6 +18,7 @@ MEANINGS = {
     "ratio_fit_per_token": "fit: original / this project, seconds per token, training loops alone",
     "ratio_fit_with_start": "fit: the same with the start of the original's processes",
     "fit_peak_fraction": "fit: part of the measured matmul peak",
+    "fit_peak_fraction_alone": "the same, with nothing beside the fits",
     "ratio_generate_adapter": "generation: with adapter / without",
     "ratio_generate_prefix_caching": "generation: without prefix caching / with",
     "total_seconds": "this project: first request to last answer, s",

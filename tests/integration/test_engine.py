@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -77,3 +78,47 @@ def test_an_engine_does_not_outlive_a_killed_run(engine):
     python, started = engine
     python.kill()
     assert not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_a_process_that_ends_does_not_wait_for_an_engine_that_starts(tiny_model, tmp_path):
+    script = """
+import multiprocessing, sys, time
+
+if __name__ == "__main__":
+    import ttt_harness.harness
+    from ttt_harness.serving.engine import Engine, default_engine_args
+    engine = Engine(**default_engine_args(), model=sys.argv[1], max_model_len=128)
+    engine.start_soon()
+    while not (children := multiprocessing.active_children()):
+        time.sleep(0.05)
+    print(*(child.pid for child in children), "ready" if engine.ready else "starting", time.time())
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    told = subprocess.run(
+        [sys.executable, str(path), str(tiny_model)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout.splitlines()[-1]
+    *children, state, ended = told.split()
+    assert state == "starting"
+    assert time.time() - float(ended) < 5
+    assert children
+    assert not any(map(psutil.pid_exists, map(int, children)))
+
+
+def test_an_engine_that_starts_in_the_background_answers(tiny_model):
+    import ttt_harness.harness  # noqa: F401
+    from ttt_harness.serving.engine import Engine, SamplingParams, default_engine_args
+
+    engine = Engine(**default_engine_args(), model=str(tiny_model), max_model_len=128)
+    engine.start_soon()
+    engine.start_soon()
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    (output,) = engine.generate([{"prompt_token_ids": [1, 2, 3]}], params)
+    assert len(output.outputs[0].token_ids) == 2
+    assert engine.ready
+    engine.close()

@@ -133,6 +133,8 @@ class TTTVLLM(vllm_causallms.VLLM):
             self._pool = shared_pool(workers, gpus_per_worker=self.tensor_parallel_size)
             given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
             self.worker_args = {"pretrained": pretrained, "dtype": dtype, **given}
+        elif self.fit_device == "cuda" and not (self._memory and self._memory.turns):
+            self.model.start_soon()  # in processes of its own, beside lm-eval's preparation of the tasks
 
     def _share_gpu(self, engine_args: dict[str, Any]) -> tuple[MemoryPlan, dict[str, Any]]:
         """Plan how trainer and engine share the GPU; returns the plan and the engine's arguments under it.
@@ -290,11 +292,9 @@ class TTTVLLM(vllm_causallms.VLLM):
         return answers
 
     def begin_fits(self) -> None:
-        """Have the engine start beside the first fits, or make room for them, as the memory plan has it."""
+        """Have the engine make room for the fits, where the memory plan has the two take turns."""
         if self._memory is not None and self._memory.turns:
             self.model.make_room()
-        elif self._memory is not None:
-            self.model.start_soon()
 
     def _fit_in_turn(
         self, groups: Sequence[Group], progress: RunProgress, writer: Executor
@@ -350,7 +350,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         if self._memory is not None and self._memory.turns:
             release_trainer()
         adapter = self.adapter_of(group, fitted=fitted) if group.key else None
-        if not self.model.running:
+        if not self.model.ready:
             progress.say(f"{where}: starting vLLM")
         self.model.start()  # here, so that its time is not counted as the first task's
         progress.say(f"{where}: answering {len(requests)} requests")

@@ -1,14 +1,16 @@
-"""The vLLM engine: its defaults on this machine, its late start, and requests with an adapter.
+"""The vLLM engine: its defaults on this machine, its start, and requests with an adapter.
 
-lm-eval's `VLLM` class starts an engine as soon as it is made. `Engine` stands in the engine's place there and starts
-it at the first request, so that everything that can be wrong with a run is found before a model is loaded.
+lm-eval's `VLLM` class waits for an engine as soon as it is made. `Engine` stands in the engine's place there and starts
+at the first request, or in the background, so that what is wrong with a run is said before a model is loaded.
 """
 
 import atexit
+import multiprocessing
 import os
 import textwrap
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,12 +86,26 @@ class Engine:
         """Whether the engine is started, or being started."""
         return self._llm is not None or self._starting is not None
 
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered without waiting for the start."""
+        return self._llm is not None or (self._starting is not None and self._starting.done())
+
     def start_soon(self) -> None:
-        """Start the engine in the background; whoever needs it first waits for it."""
-        if not self.running:
-            starter = ThreadPoolExecutor(1, thread_name_prefix="engine-start")
-            self._starting = starter.submit(self._start)
-            starter.shutdown(wait=False)
+        """Start the engine in the background; whoever needs it first waits for it, a process that ends does not."""
+        if self.running:
+            return
+        starting: Future[LLM] = Future()
+        self._starting = starting
+
+        def start() -> None:
+            try:
+                starting.set_result(self._start())
+            except BaseException as error:
+                starting.set_exception(error)
+
+        atexit.register(_kill_children, multiprocessing.active_children())
+        threading.Thread(target=start, name="engine-start", daemon=True).start()
 
     def start(self) -> LLM:
         """Start the engine if it is not running, wake it if it sleeps, and return it.
@@ -100,6 +116,7 @@ class Engine:
         if self._starting is not None:
             starting, self._starting = self._starting, None
             self._llm = starting.result()
+            atexit.unregister(_kill_children)
         if self._llm is None:
             self._llm = self._start()
         if self._asleep:
@@ -164,6 +181,13 @@ class Engine:
 def _end(llm: LLM) -> None:
     """End the engine's processes at once, without the 5 s that vLLM gives them: all answers are there."""
     llm.llm_engine.engine_core.shutdown(timeout=0)
+
+
+def _kill_children(others: Sequence[Any]) -> None:
+    """End the processes of an engine that is still starting: all children but those that were there before."""
+    for child in multiprocessing.active_children():
+        if child not in others:
+            child.kill()
 
 
 _engine: Engine | None = None

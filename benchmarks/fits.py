@@ -1,7 +1,8 @@
-"""What a fit takes at most: `python -m benchmarks.memory IN OUT` fits one batch in a process of its own.
+"""Fits with nothing beside them: `python -m benchmarks.fits IN OUT` makes some in a process of its own.
 
-Counted is all that comes after the imports: base weights, adapter, gradients, optimiser and activations. On a CPU that
-is the largest resident set so far, less what is resident after the imports; on a GPU what torch has allocated at most.
+What they take at most is all that comes after the imports: base weights, adapter, gradients, optimiser and activations.
+On a CPU that is the largest resident set so far, less what is resident after the imports; on a GPU what torch has
+allocated at most.
 """
 
 import json
@@ -19,8 +20,8 @@ from ttt_harness.data.sequences import TrainingSequence
 WEIGHTS_FACTOR, FIXED_BYTES = 2.5, 2**30
 
 
-def fit_peak(
-    sequences: Sequence[TrainingSequence],
+def make(
+    fits: Sequence[Sequence[TrainingSequence]],
     folder: Path,
     *,
     model_dir: Path,
@@ -28,8 +29,11 @@ def fit_peak(
     dtype: str,
     device: str,
     limit: float,
-) -> dict[str, int]:
-    """Fit one batch of `sequences` (a step for each batch) and return `peak_bytes`, and `base_bytes` of the weights.
+) -> dict[str, Any]:
+    """Fit an adapter on each of `fits`, one epoch, one after the other.
+
+    Returns:
+        `seconds` of each fit, `peak_bytes` of all, `base_bytes` of the base weights, and `limit_bytes`, the promise.
 
     Raises:
         StageError: the process failed or took longer than `limit` seconds.
@@ -41,17 +45,16 @@ def fit_peak(
         "device": device,
         "lora": {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout},
         "batch_size": config.fit_batch_size,
-        "sequences": [[list(sequence.tokens), list(sequence.labelled)] for sequence in sequences],
+        "fits": [[[list(sequence.tokens), list(sequence.labelled)] for sequence in fit] for fit in fits],
     }
     (folder / "order.json").write_text(json.dumps(order))
-    longest = max(len(sequence.tokens) for sequence in sequences)
     process.run(
-        f"memory of a fit, sequences of {longest} tokens",
-        process.python("benchmarks.memory", folder / "order.json", folder / "answer.json"),
+        f"{len(fits)} fit(s)",
+        process.python("benchmarks.fits", folder / "order.json", folder / "answer.json"),
         log=folder / "log.txt",
         limit=limit,
     )
-    return {**json.loads((folder / "answer.json").read_text()), "tokens": longest}
+    return json.loads((folder / "answer.json").read_text())
 
 
 def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[TrainingSequence]:
@@ -65,7 +68,7 @@ def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[Tra
     return [long] * count
 
 
-def _fit(order: dict[str, Any]) -> dict[str, int]:
+def _make(order: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ttt_harness.training.checkpoint import ModelShape, read_config
@@ -76,11 +79,15 @@ def _fit(order: dict[str, Any]) -> dict[str, int]:
     shape = ModelShape.from_config(read_config(model_dir), where=str(model_dir))
     dtype = getattr(torch, order["dtype"])
     trainer = Trainer(model_dir, shape, **order["lora"], dtype=dtype, device=order["device"])
-    sequences = [TrainingSequence(tuple(tokens), tuple(labelled)) for tokens, labelled in order["sequences"]]
-    trainer.fit(sequences, batch_size=order["batch_size"], epochs=1, lr=1e-4, warmup_ratio=0.0, seed=0)
+    seconds = []
+    for fit in order["fits"]:
+        sequences = [TrainingSequence(tuple(tokens), tuple(labelled)) for tokens, labelled in fit]
+        result = trainer.fit(sequences, batch_size=order["batch_size"], epochs=1, lr=1e-4, warmup_ratio=0.0, seed=0)
+        seconds.append(result.seconds)
     cuda = order["device"] == "cuda"
     base = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if not p.requires_grad)
     return {
+        "seconds": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - idle,
         "base_bytes": base,
         "limit_bytes": int(WEIGHTS_FACTOR * base + FIXED_BYTES),
@@ -88,5 +95,5 @@ def _fit(order: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    answer = _fit(json.loads(Path(sys.argv[1]).read_text()))
+    answer = _make(json.loads(Path(sys.argv[1]).read_text()))
     Path(sys.argv[2]).write_text(json.dumps(answer))
