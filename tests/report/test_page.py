@@ -135,6 +135,30 @@ def test_several_seeds_are_mean_and_spread(tmp_path):
     assert len(data["losses"]["1"]["0"]) == 3
 
 
+def test_zero_shot_runs_are_no_in_context_runs(tmp_path):
+    scores = {("zero_shot", 42): 0.1, ("zero_shot", 43): 0.2, ("icl", 42): 0.5, ("icl", 43): 0.6}
+    for (name, seed), share in scores.items():
+        write_run(
+            tmp_path / name / f"seed{seed}",
+            {"t": [1.0] * round(40 * share) + [0.0] * round(40 - 40 * share)},
+            source="ttt_vllm",
+            ttt=ttt(["t"], method="icl", seed=seed),
+            metadata={"seed": seed},
+            shots=0 if name == "zero_shot" else 10,
+        )
+    data = page_data(build_page(find_runs(tmp_path)))
+    assert data["labels"] == ["icl", "zero_shot"]  # the base is in-context, although zero-shot is older
+    (row,) = data["rows"]["1"]
+    assert (row["base"][0], row["other"][0], row["seeds"]) == (pytest.approx(0.55), pytest.approx(0.15), 2)
+
+
+def test_runs_of_some_of_the_questions_stand_by_themselves(tmp_path):
+    write_run(tmp_path / "all", {"t": bits(40, 1)})
+    write_run(tmp_path / "some", {"t": bits(20, 1)}, limit=20.0)
+    write_run(tmp_path / "share", {"t": bits(20, 1)}, limit=0.5)
+    assert page_data(build_page(find_runs(tmp_path)))["labels"] == ["10-shot", "10-shot limit=20", "10-shot limit=0.5"]
+
+
 def test_a_run_given_twice_is_shown_once_and_said(tmp_path):
     write_runs(tmp_path)
     runs = find_runs(tmp_path)

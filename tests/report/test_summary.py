@@ -11,7 +11,7 @@ from runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report import cli, published
 from ttt_harness.report.results import read_run
-from ttt_harness.report.summary import COLUMNS, PUBLISHED, method_of, read, tables
+from ttt_harness.report.summary import COLUMNS, PUBLISHED, read, tables
 
 TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
 
@@ -72,11 +72,11 @@ def three_seeds(tmp_path):
 )
 def test_every_method_is_known_by_its_results_file(tmp_path, name, run):
     assert name in PUBLISHED
-    assert method_of(read_run(write(tmp_path, 5, **run))) == name
+    assert read_run(write(tmp_path, 5, **run)).method == name
 
 
 def test_another_model_is_named_by_its_shots(tmp_path):
-    assert method_of(read_run(write_run(tmp_path, {"a": [1.0]}, source="hf"))) == "10-shot"
+    assert read_run(write_run(tmp_path, {"a": [1.0]}, source="hf")).method == "10-shot"
 
 
 def test_mean_and_deviation_over_the_seeds(three_seeds):

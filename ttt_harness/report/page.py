@@ -41,7 +41,7 @@ def build_page(
     runs, remarks = figures.without_doubles([*([base] if base else []), *(run for run in runs if run is not base)])
     if base is None:
         untrained = [run for run in runs if run.settings.get("method") in (None, "icl")]
-        base = min(untrained or runs, key=lambda run: (run.method == "0-shot", run.date or 0))
+        base = min(untrained or runs, key=lambda run: (run.method in ("0-shot", "zero_shot"), run.date or 0))
     methods, said = figures.group_by_seed(runs, base)
     remarks += said
     seeds = list(dict.fromkeys(seed for method in methods for seed in method.runs))

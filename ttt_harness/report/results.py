@@ -20,6 +20,7 @@ from ttt_harness.errors import ReportError
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?")
 _NOT_METRICS = {"name", "alias", "sample_len", "sample_count", "samples"}
+_OF_TASKS = ("k", "vote_permutations", "leave_one_out", "generation_budget")
 
 
 class Metric(NamedTuple):
@@ -149,11 +150,51 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What was done: the TTT method, or for other models the number of demonstrations ("10-shot")."""
-        if "method" in self.settings:
-            return str(self.settings["method"])
+        """The published setting that was run ("zero_shot", "ttt_vote"); for other models the shots ("10-shot")."""
+        settings, method = self.settings, self.settings.get("method")
         shots = {self.shots(task) for task in self.tasks}
-        return f"{shots.pop()}-shot" if len(shots) == 1 and None not in shots else (self.source or "run")
+        if method is None:
+            return f"{shots.pop()}-shot" if len(shots) == 1 and None not in shots else (self.source or "run")
+        if method == "icl" and shots == {0}:
+            return "zero_shot"
+        name = str(method)
+        if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
+            name += f"_loss_{settings['loss_on']}"
+        if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
+            name += "_no_shuffle"
+        left_out = any(self.metadata(task, "leave_one_out") for task in self.tasks)
+        votes = any((self.metadata(task, "vote_permutations") or 1) > 1 for task in self.tasks)
+        return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
+
+    @property
+    def seed(self) -> Any:
+        """The seed of the split; None where no task names one."""
+        return next((seed for task in self.tasks if (seed := self.metadata(task, "seed")) is not None), None)
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What the run was asked for, by name: runs differ in the seed alone where this is the same.
+
+        Of what each task has its own, the value of all tasks where they agree, else a list.
+        """
+        tasks, limit = sorted(self.tasks), _number(self.config.get("limit"))
+
+        def of_tasks(values: list[Any]) -> Any:
+            return values[0] if all(value == values[0] for value in values) else values
+
+        return {
+            "method": self.method,
+            # lm-eval makes up a name where no model is given
+            "model": None if self.method == "random" else self.model,
+            "limit": int(limit) if limit is not None and limit.is_integer() else limit,
+            **{key: value for key, value in self.settings.items() if key not in ("method", "seed")},
+            "shots": of_tasks([self.shots(task) for task in tasks]),
+            **{key: of_tasks([self.metadata(task, key) for task in tasks]) for key in _OF_TASKS},
+            "chat_template_sha": self.raw.get("chat_template_sha"),
+            "system_instruction_sha": self.raw.get("system_instruction_sha"),
+            "tasks": tasks,
+            "lm-eval model": self.source,
+        }
 
     def fit(self, task: str) -> TaskFit | None:
         """What `ttt_vllm` reports of the task's training; None where there is nothing."""

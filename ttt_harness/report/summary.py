@@ -118,7 +118,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
     by_method: dict[str, dict[Any, Run]] = defaultdict(dict)
     remarks = []
     for run in sorted(runs, key=lambda run: run.date or 0):
-        method, seed = method_of(run), _seed(run)
+        method, seed = run.method, run.seed
         if seed in by_method[method]:
             remarks.append(f"{method}, seed {seed}: {run.path} counts, older results of the same are left out.")
         by_method[method][seed] = run
@@ -137,31 +137,10 @@ def summarize(runs: Sequence[Run]) -> Summary:
     if any(line.published is not None for line in lines):
         tasks = [task for run in chosen for task in run.tasks if task.startswith(published.TASK_PREFIX)]
         remarks.append(f"Published: {published.source()}.")
-        model_runs = [run for run in chosen if method_of(run) != "random"]
+        model_runs = [run for run in chosen if run.method != "random"]
         differs = published.differences(model_runs, list(dict.fromkeys(tasks))) if model_runs else ""
         remarks += [f"Here instead: {differs}."] if differs else []
     return Summary(tuple(lines), tuple(dict.fromkeys(remarks)))
-
-
-def method_of(run: Run) -> str:
-    """The published setting that a run is one of, by its results file; for other models what `Run.method` says."""
-    settings, method = run.settings, run.settings.get("method")
-    if method is None:
-        return run.method
-    votes = any((run.metadata(task, "vote_permutations") or 1) > 1 for task in run.tasks)
-    left_out = any(run.metadata(task, "leave_one_out") for task in run.tasks)
-    if method == "icl" and {run.shots(task) for task in run.tasks} == {0}:
-        return "zero_shot"
-    name = str(method)
-    if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
-        name += f"_loss_{settings['loss_on']}"
-    if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
-        name += "_no_shuffle"
-    return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
-
-
-def _seed(run: Run) -> Any:
-    return next((seed for task in run.tasks if (seed := run.metadata(task, "seed")) is not None), None)
 
 
 def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
@@ -242,10 +221,9 @@ def _published(method: str, name: str) -> float | None:
 
 def _differences(method: str, by_seed: dict[Any, Run]) -> Iterable[str]:
     """What else than the seed differs between the runs of one method."""
-    known = [{**run.settings, "limit": run.config.get("limit"), "model": run.model} for run in by_seed.values()]
-    keys = dict.fromkeys(key for settings in known for key in settings if key != "seed")
-    for key in keys:
-        values = list(dict.fromkeys(str(settings.get(key)) for settings in known))
+    known = [run.setup for run in by_seed.values()]
+    for key in dict.fromkeys(key for setup in known for key in setup):
+        values = list(dict.fromkeys(str(setup.get(key)) for setup in known))
         if len(values) > 1:
             yield f"{method}: the seeds differ in {key} ({', '.join(values)})."
 
