@@ -139,6 +139,10 @@ class TestOptions:
         assert found["tasks"] == ["procedural_ttt"]
         assert "batch_size" not in found
 
+    @pytest.mark.parametrize("limit", ["1", "0.5", "0.001"])
+    def test_a_share_of_the_questions_is_a_limit(self, limit):
+        assert lm_eval_call({}, [*OPTIONS, "--limit", limit])["limit"] == float(limit)
+
     def test_a_file_describes_the_same_grid_and_the_command_line_wins(self, tmp_path):
         file = tmp_path / "grid.yaml"
         file.write_text(
@@ -196,6 +200,10 @@ class TestBadInput:
             (["--methods", "icl", "--seeds", "42", *OPTIONS[2:], "--limit", "4", "--samples", "{}"], "must be None"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS[:2], *OPTIONS[4:]], "tasks is missing"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--use_cache", "x"], "--use_cache is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "0"], "--limit 0 is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit=-3"], "--limit -3 is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "nan"], "--limit nan is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "inf"], "--limit inf is not allowed"),
             (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
         ],
     )
@@ -209,6 +217,10 @@ class TestBadInput:
     def test_a_key_of_a_file_that_lm_eval_does_not_know(self, capsys, tmp_path):
         (tmp_path / "grid.yaml").write_text("methods: icl\nseeds: 42\nlimits: 3\n")
         assert "Did you mean 'limit'?" in refused(capsys, "--config", tmp_path / "grid.yaml")
+
+    def test_a_limit_of_a_file_that_is_no_number(self, capsys, tmp_path):
+        (tmp_path / "grid.yaml").write_text("methods: icl\nseeds: 42\ntasks: t\noutput_path: out\nlimit: ten\n")
+        assert "--limit 'ten' is not allowed" in refused(capsys, "--config", tmp_path / "grid.yaml")
 
     def test_an_option_that_lm_eval_does_not_know(self, capsys):
         said = refused(capsys, "--methods", "icl", "--seeds", "42", *OPTIONS, "--limmit", "3")
@@ -287,6 +299,10 @@ class TestRun:
         }
         assert run_cells(cells, tmp_path, write_results) == 0
         assert not list(tmp_path.rglob("*.failed"))
+
+    def test_where_no_cell_is_finished_nothing_is_said_to_be_shown(self, cells, tmp_path, capsys):
+        assert run_cells(cells, tmp_path, lambda _: None) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == "No cell was finished."
 
     def test_a_cell_without_results_has_failed(self, cells, tmp_path, capsys):
         assert run_cells(cells[:1], tmp_path, lambda _: None) == 1

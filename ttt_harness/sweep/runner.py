@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import logging
+import math
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ttt_harness.config import nearest
+from ttt_harness.config import nearest, quoted
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.harness.progress import showing
 from ttt_harness.sweep import slurm
@@ -115,6 +116,12 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     for key, example in {"tasks": "bbh_ttt", "output_path": "results"}.items():
         if not call.get(key):
             raise ConfigError(f"{key} is missing: give one with --{key}, e.g. --{key} {example}.")
+    limit = call.get("limit")
+    if limit is not None and not (type(limit) in (int, float) and 0 < limit < math.inf):
+        raise ConfigError(
+            f"--limit {quoted(limit)} is not allowed: it must be a number of questions, at least 1, or a share of "
+            "them between 0 and 1; leave it out for all of them."
+        )
     if call.get("use_cache"):
         raise ConfigError(
             "--use_cache is not allowed in a sweep: lm-eval's cache knows an answer by its prompt, not by the method "
@@ -167,7 +174,8 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     done = len(cells) - len(failed)
-    print(f"{done} of {len(cells)} cells are in {root}; `ttt-harness summary {root}` shows them.", file=sys.stderr)
+    told = f"{done} of {len(cells)} cells are in {root}; `ttt-harness summary {root}` shows them."
+    print(told if done else "No cell was finished.", file=sys.stderr)
     return 1 if failed else 0
 
 
