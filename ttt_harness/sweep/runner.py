@@ -24,7 +24,7 @@ from ttt_harness.config import nearest, quoted
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.harness.progress import showing
 from ttt_harness.sweep import slurm
-from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, written
+from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, note_grid, written
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
 
@@ -156,6 +156,8 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
             stack.enter_context(one_task_index())
             stack.enter_context(_no_bars())
             _check(todo, root)
+            if not logs:  # SLURM's record has the cells of a job
+                note_grid(cells, root)
         display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
         if execute is None:
             execute = run_lm_eval
