@@ -16,7 +16,20 @@ from ttt_harness.report.summary import COLUMNS, PUBLISHED, read, tables
 TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
 
 
-def write(folder, right, *, seed=42, shots=10, choices=(), metadata=None, group="bbh_ttt", tasks=TASKS, **settings):
+def write(
+    folder,
+    right,
+    *,
+    seed=42,
+    shots=10,
+    choices=(),
+    metadata=None,
+    group="bbh_ttt",
+    tasks=TASKS,
+    model="SmolLM2-135M-Instruct",
+    limit=None,
+    **settings,
+):
     """A run in which `right` of ten questions are right in each task."""
     scores = {task: [1.0] * right + [0.0] * (10 - right) for task in tasks}
     path = write_run(
@@ -27,6 +40,8 @@ def write(folder, right, *, seed=42, shots=10, choices=(), metadata=None, group=
         ttt=ttt(tasks, seed=seed, **settings),
         metadata={"seed": seed, **(metadata or {})},
         shots=shots,
+        model=model,
+        limit=limit,
     )
     content = json.loads(path.read_text())
     for task, config in content["configs"].items():
@@ -139,6 +154,27 @@ def test_what_differs_between_the_seeds_is_said(tmp_path):
     write(tmp_path / "a", 5, seed=42)
     write(tmp_path / "b", 5, seed=43, lr=1e-3)
     assert "ttt: the seeds differ in lr (0.0001, 0.001)." in read([tmp_path]).remarks
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"limit": 40.0}, {"seed": 43}, "the runs differ in limit (40, not given)"),
+        ({"limit": 40.0}, {"method": "icl"}, "the runs differ in limit (40, not given)"),
+        ({}, {"model": "Llama", "method": "icl"}, "the runs differ in model (SmolLM2-135M-Instruct, Llama)"),
+        ({}, {"tasks": TASKS[:1], "seed": 43}, "the runs of ttt differ in tasks (bbh_ttt_snarks and 1 more, bbh_ttt"),
+        ({}, {"lr": 1e-3, "metadata": {"k": 5}}, "the runs of ttt, seed 42, differ in lr (0.0001, 0.001), k (10, 5)"),
+    ],
+)
+def test_several_sweeps_are_refused(capsys, tmp_path, first, second, said):
+    write(tmp_path / "a/seed42", 5, **first)
+    write(tmp_path / "b/seed42", 6, **second)
+    status, out, err = call(capsys, tmp_path)
+    assert (status, out) == (1, "")
+    assert said in err
+    assert err.endswith("on its own.\n")
+    assert err.count("\n") == 1
+    assert call(capsys, tmp_path / "a")[0] == call(capsys, tmp_path / "b")[0] == 0
 
 
 def test_methods_with_different_seeds_are_said(three_seeds):

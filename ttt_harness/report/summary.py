@@ -10,14 +10,15 @@ import io
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ttt_harness.errors import ReportError
 from ttt_harness.report import published
-from ttt_harness.report.compare import MEAN_ROW, choose_metric, task_prefix
+from ttt_harness.report.compare import MEAN_ROW, choose_metric, some, task_prefix
 from ttt_harness.report.results import Metric, Run, find_runs
 
 SCHEMA = "ttt-harness.summary/1"
@@ -108,27 +109,30 @@ def _finished(path: Path) -> list[Path]:
 
 
 def summarize(runs: Sequence[Run]) -> Summary:
-    """Means over the seeds of each method. Of two runs of one method and seed the newer counts, and a remark says so.
+    """Means over the seeds of each method. Of two runs alike the newer counts, and a remark says so.
 
     Raises:
-        ReportError: there is no run.
+        ReportError: there is no run, or they are of several sweeps.
     """
     if not runs:
         raise ReportError("no finished run to summarize")
-    by_method: dict[str, dict[Any, Run]] = defaultdict(dict)
-    remarks = []
+    found: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.date or 0):
-        method, seed = run.method, run.seed
-        if seed in by_method[method]:
-            remarks.append(f"{method}, seed {seed}: {run.path} counts, older results of the same are left out.")
-        by_method[method][seed] = run
+        found[run.method][run.seed].append(run)
+    _refuse_several_sweeps(found)
+    by_method: dict[str, dict[Any, Run]] = {}
     lines: list[Line] = []
+    remarks = []
     order = list(PUBLISHED)
-    methods = sorted(by_method, key=lambda name: (order.index(name) if name in order else len(order), name))
+    methods = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     for method in methods:
-        by_seed = dict(sorted(by_method[method].items(), key=lambda item: str(item[0])))
-        lines += _lines(method, by_seed)
-        remarks += _differences(method, by_seed)
+        by_method[method] = {}
+        for seed, same in sorted(found[method].items(), key=lambda item: str(item[0])):
+            newest = by_method[method][seed] = same[-1]
+            if len(same) > 1:
+                remarks.append(f"{method}, seed {seed}: {newest.path} counts, older results of the same are left out.")
+        lines += _lines(method, by_method[method])
+        remarks += [f"{method}: the seeds differ in {what}." for what in _differences(by_method[method].values())]
     chosen = [run for by_seed in by_method.values() for run in by_seed.values()]
     seeds = {method: frozenset(by_method[method]) for method in methods}
     if len(set(seeds.values())) > 1:
@@ -147,13 +151,12 @@ def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
     """A line per group and task; without a group, one for the plain mean of the tasks in its place."""
     runs = list(by_seed.values())
     groups = list(dict.fromkeys(group for run in runs for group in run.groups if group in run.raw["results"]))
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    tasks = runs[0].tasks
     lines = [line for name in (*groups, *tasks) if (line := _line(method, name, by_seed))]
-    whole = {seed: run for seed, run in by_seed.items() if set(run.tasks) == set(tasks)}
     scored = [line for line in lines if line.level == "task"]
-    if not groups and whole and len(scored) > 1 and len({line.metric for line in scored}) == 1:
+    if not groups and len(scored) > 1 and len({line.metric for line in scored}) == 1:
         metric = scored[0].metric
-        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in whole.values()]
+        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in runs]
         mean = Line(
             method=method,
             name=MEAN_ROW,
@@ -161,7 +164,7 @@ def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
             metric=metric,
             mean=statistics.fmean(means),
             sd=statistics.stdev(means) if len(means) > 1 else None,
-            seeds=tuple(whole),
+            seeds=tuple(by_seed),
             published=_mean([line.published for line in scored]),
             expected=_mean([line.expected for line in scored]),
         )
@@ -219,13 +222,38 @@ def _published(method: str, name: str) -> float | None:
     return score / 100 if name.startswith(published.TASK_PREFIX) and score is not None else None
 
 
-def _differences(method: str, by_seed: dict[Any, Run]) -> Iterable[str]:
-    """What else than the seed differs between the runs of one method."""
-    known = [run.setup for run in by_seed.values()]
-    for key in dict.fromkeys(key for setup in known for key in setup):
-        values = list(dict.fromkeys(str(setup.get(key)) for setup in known))
-        if len(values) > 1:
-            yield f"{method}: the seeds differ in {key} ({', '.join(values)})."
+def _refuse_several_sweeps(found: Mapping[str, Mapping[Any, Sequence[Run]]]) -> None:
+    """Raise ReportError where a table would mix runs of other questions or models, or leave out runs of other settings.
+
+    found: method -> seed -> runs.
+    """
+    of_method = {method: list(chain(*by_seed.values())) for method, by_seed in found.items()}
+    with_model = chain(*(runs for method, runs in of_method.items() if method != "random"))
+    what = {"": _differences(with_model, ["model"]) + _differences(chain(*of_method.values()), ["limit"])}
+    what |= {f" of {method}": _differences(runs, ["tasks"]) for method, runs in of_method.items()}
+    what |= {
+        f" of {method}, seed {seed},": _differences(same)
+        for method, by_seed in found.items()
+        for seed, same in by_seed.items()
+    }
+    for whose, differences in what.items():
+        if differences:
+            raise ReportError(
+                f"the runs{whose} differ in {', '.join(differences)}, and a summary is of one sweep; give each sweep's "
+                "folder, or results file, on its own."
+            )
+
+
+def _differences(runs: Iterable[Run], keys: Sequence[str] = ()) -> list[str]:
+    """What differs between the setups of the runs, "lr (0.0001, 0.001)"; of `keys` alone, where they are given."""
+    setups = [run.setup for run in runs]
+    found = []
+    for key in keys or dict.fromkeys(key for setup in setups for key in setup):
+        values = [setup.get(key) for setup in setups]
+        if any(value != values[0] for value in values):
+            shown = ["not given" if v is None else some(v, 1) if isinstance(v, list) else str(v) for v in values]
+            found.append(f"{key} ({', '.join(dict.fromkeys(shown))})")
+    return found
 
 
 def records(summary: Summary) -> list[dict[str, Any]]:
