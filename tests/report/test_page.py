@@ -184,6 +184,34 @@ def test_base_can_be_chosen(tmp_path, capsys):
     assert page_data(output.read_text(encoding="utf-8"))["labels"] == ["ttt", "10-shot", "e2e"]
 
 
+def labels_of_report(folder, *arguments):
+    output = folder / "report.html"
+    assert cli.main(["report", *map(str, arguments), "-o", str(output)]) == 0
+    return page_data(output.read_text(encoding="utf-8"))["labels"]
+
+
+def test_runs_are_called_by_the_names_given(tmp_path):
+    write_runs(tmp_path, seeds=(42, 43))
+    named = [f"in-context={tmp_path / 'icl'}", f"TTT={tmp_path / 'ttt'}"]
+    assert labels_of_report(tmp_path, *named) == ["in-context", "TTT"]
+    assert labels_of_report(tmp_path, *named, "--base", tmp_path / "ttt") == ["TTT", "in-context"]
+    assert labels_of_report(tmp_path, *named[:1], tmp_path / "ttt") == ["in-context", "ttt"]
+
+
+def test_runs_alike_under_two_names_stand_by_themselves(tmp_path):
+    for name in ("old", "new"):
+        write_runs(tmp_path / name)
+    named = [f"{name}={tmp_path / name}" for name in ("old", "new")]
+    assert labels_of_report(tmp_path, *named) == ["old 10-shot", "old ttt", "new 10-shot", "new ttt"]
+
+
+def test_one_name_for_two_folders_is_refused(tmp_path, capsys):
+    write_runs(tmp_path)
+    assert cli.main(["report", f"a={tmp_path / 'icl'}", f"a={tmp_path / 'ttt'}", "-o", str(tmp_path / "r.html")]) == 1
+    assert "the name a is given to two runs" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_no_runs_are_refused(tmp_path, capsys):
     with pytest.raises(ReportError, match="no run"):
         build_page([])
@@ -195,7 +223,7 @@ def test_output_that_can_not_be_written_is_one_sentence(tmp_path, capsys):
     write_runs(tmp_path / "runs")
     (tmp_path / "file").write_text("")
     assert cli.main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "file" / "r.html")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert re.search(r"cannot be written: .*; choose another file with -o\.\n$", capsys.readouterr().err)
 
 
 def luminance(colour):

@@ -82,7 +82,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_one_anywhere(tmp_path, o
     assert "took the newest" in find_compared(tmp_path / "two")[1][0]
     for folder, methods in (("one", 1), ("two", 2)):
         runs = find_runs(tmp_path / folder)
-        assert len(group_by_seed(runs, runs[0])[0]) == methods
+        assert len(group_by_seed(runs, runs[0], {})[0]) == methods
 
 
 def test_a_folder_with_other_methods_of_the_same_seeds_is_not_one(tmp_path):

@@ -79,11 +79,11 @@ def without_doubles(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return kept, [f"{twice} of the results files hold a run that another holds too; shown once."] if twice > 0 else []
 
 
-def group_by_seed(runs: Sequence[Run], base: Run) -> tuple[list[Method], list[str]]:
-    """The methods, that of the base first, and remarks. Of runs alike in settings and seed one is shown."""
+def group_by_seed(runs: Sequence[Run], base: Run, names: Mapping[Run, str]) -> tuple[list[Method], list[str]]:
+    """The methods, that of the base first, and remarks. Of runs alike in name, settings and seed one is shown."""
     groups: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        groups[json.dumps(run.setup, sort_keys=True)][run.seed].append(run)
+        groups[json.dumps([names.get(run), run.setup], sort_keys=True)][run.seed].append(run)
     remarks = []
     chosen: list[dict[Any, Run]] = []
     for by_seed in groups.values():
@@ -96,7 +96,7 @@ def group_by_seed(runs: Sequence[Run], base: Run) -> tuple[list[Method], list[st
         chosen.append(newest)
     chosen.sort(key=lambda by_seed: base not in by_seed.values())
     first = [base if base in by_seed.values() else next(iter(by_seed.values())) for by_seed in chosen]
-    labels = distinct_labels(first, ignore=("seed",))
+    labels = distinct_labels(first, [names.get(run) for run in first], ignore=("seed",))
     return [Method(label, by_seed) for label, by_seed in zip(labels, chosen, strict=True)], remarks
 
 

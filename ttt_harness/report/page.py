@@ -25,6 +25,7 @@ from ttt_harness.report.results import Run
 def build_page(
     runs: Sequence[Run],
     *,
+    names: Mapping[Run, str] | None = None,
     base: Run | None = None,
     title: str | None = None,
     metric: str | None = None,
@@ -32,6 +33,7 @@ def build_page(
 ) -> str:
     """The page's HTML.
 
+    names: what to call runs, in place of their methods; runs that have other names are not one method.
     base: the run that the others are held against; by default the oldest that trained nothing. title: its heading.
     metric, reference: as in `compare_runs`. Runs that cannot be compared with the base are shown without comparison,
     and a remark says why. Raises ReportError when there is no run, or a results or samples file is damaged.
@@ -42,7 +44,7 @@ def build_page(
     if base is None:
         untrained = [run for run in runs if run.settings.get("method") in (None, "icl")]
         base = min(untrained or runs, key=lambda run: (run.method in ("0-shot", "zero_shot"), run.date or 0))
-    methods, said = figures.group_by_seed(runs, base)
+    methods, said = figures.group_by_seed(runs, base, names or {})
     remarks += said
     seeds = list(dict.fromkeys(seed for method in methods for seed in method.runs))
     tasks = list(dict.fromkeys(task for method in methods for run in method.runs.values() for task in run.tasks))
