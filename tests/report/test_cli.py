@@ -40,6 +40,7 @@ def refused(capsys, *arguments):
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
+    assert err.endswith((".\n", "?\n")), err
     return err
 
 

@@ -233,6 +233,7 @@ def test_a_folder_without_results(capsys, tmp_path):
     status, out, err = call(capsys, tmp_path)
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
+    assert err.endswith(".\n")
     assert err.count("\n") == 1
     with pytest.raises(ReportError):
         read([tmp_path / "nowhere"])

@@ -105,7 +105,7 @@ def _named(given: Sequence[str]) -> list[tuple[str | None, str]]:
         found.append((name, path) if equals and name and not Path(text).exists() else (None, text))
     names = [name for name, _ in found if name]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ReportError(f"the name {', '.join(twice)} is given to two runs; give each its own")
+        raise ReportError(f"the name {', '.join(twice)} is given to two runs; give each its own.")
     return found
 
 

@@ -227,7 +227,7 @@ def pair_samples(base: Sequence[Sample], other: Sequence[Sample], task: str, whe
     if alone or left:
         raise ReportError(
             f"the questions of {task} differ between {where}: {alone} of {len(base)} are only in the first and {left} "
-            f"of {len(other)} only in the second; run both with the same seed, k, --limit and task version"
+            f"of {len(other)} only in the second; run both with the same seed, k, --limit and task version."
         )
     return pairs
 
@@ -237,15 +237,15 @@ def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[l
     tasks = [task for task in base.tasks if task in other.raw["results"]]
     if not tasks:
         raise ReportError(
-            f"{where} have no task in common: the first has {some(base.tasks)}, the second {some(other.tasks)}"
+            f"{where} have no task in common: the first has {some(base.tasks)}, the second {some(other.tasks)}."
         )
     chosen = {task: found for task in tasks if (found := choose_metric(base, other, task, wanted))}
     if not chosen:
         offered = sorted({str(metric) for task in tasks for metric in base.metrics(task)})
         raise ReportError(
-            f"no shared task has the metric {wanted}; choose from {', '.join(offered) or 'none'}"
+            f"no shared task has the metric {wanted}; choose from {', '.join(offered) or 'none'}."
             if wanted
-            else f"{where} have no metric in common for {some(tasks)}"
+            else f"{where} have no metric in common for {some(tasks)}."
         )
     warnings = comparability_warnings(base, other, list(chosen))
     if wanted and len(chosen) < len(tasks):
@@ -431,7 +431,7 @@ def _refuse_same_runs(runs: Sequence[Run]) -> None:
                 what = f"{one.path} twice" if one.path.resolve() == two.path.resolve() else f"{one.path} and {two.path}"
                 raise ReportError(
                     f"{what}: the same run, so every difference would be 0; "
-                    f"name two runs, or add --allow-same-run to see just that"
+                    f"name two runs, or add --allow-same-run to see just that."
                 )
 
 
@@ -454,7 +454,7 @@ def _reference(runs: Sequence[Run], labels: Sequence[str]) -> Reference:
     if not published.covers(runs):
         raise ReportError(
             "there are no published figures for these runs: they cover the tasks bbh_ttt_<name> only; "
-            "leave out --reference"
+            "leave out --reference."
         )
     return Reference(published.source(), methods, published.differences(runs, tasks))
 

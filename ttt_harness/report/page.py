@@ -39,7 +39,7 @@ def build_page(
     and a remark says why. Raises ReportError when there is no run, or a results or samples file is damaged.
     """
     if not runs and base is None:
-        raise ReportError("there is no run to report; name folders that lm_eval wrote with --output_path")
+        raise ReportError("there is no run to report; name folders that lm_eval wrote with --output_path.")
     runs, remarks = figures.without_doubles([*([base] if base else []), *(run for run in runs if run is not base)])
     if base is None:
         untrained = [run for run in runs if run.settings.get("method") in (None, "icl")]
@@ -68,7 +68,7 @@ def build_page(
                     read=kept.read,
                 )
             except ReportError as error:
-                remarks.append(f"{method.label}: not compared: {error}.")
+                remarks.append(f"{method.label}: not compared: {error}")
     remarks += _warnings(methods, compared)
 
     rows = {i: figures.lines(by_seed) for i, by_seed in compared.items()}

@@ -246,7 +246,7 @@ class Run:
         if not math.isfinite(value):
             raise ReportError(
                 f"{self.path}: the {metric.name} of {name} is {value}, which cannot be compared; "
-                f"look for what went wrong in that run"
+                f"look for what went wrong in that run."
             )
         higher = _dict(_dict(self.raw.get("higher_is_better")).get(name)).get(metric.name, True)
         return Score(value, _number(entry.get(f"{metric.name}_stderr,{metric.filter}")), higher is not False)
@@ -270,7 +270,7 @@ class Run:
         found = []
         for number, line in enumerate(lines, 1):
             if not isinstance(line, dict) or "doc_id" not in line:
-                raise ReportError(f"{where}, line {number}: not a sample of lm-eval (no doc_id); run it again")
+                raise ReportError(f"{where}, line {number}: not a sample of lm-eval (no doc_id); run it again.")
             if line.get("filter", "none") == filter_name:
                 found.append(_sample(line))
         return found
@@ -299,9 +299,9 @@ def read_run(path: Path) -> Run:
     raw = _load(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
         hint = " (it holds samples; give the results_ file beside it)" if path.name.startswith("samples_") else ""
-        raise ReportError(f"{path} is not a results file of lm-eval: it has no 'results'{hint}")
+        raise ReportError(f"{path} is not a results file of lm-eval: it has no 'results'{hint}.")
     if not all(isinstance(entry, dict) for entry in raw["results"].values()):
-        raise ReportError(f"{path} is not a results file of lm-eval: its 'results' are not one table per task")
+        raise ReportError(f"{path} is not a results file of lm-eval: its 'results' are not one table per task.")
     run = Run(path, raw, _samples_files(path, list(raw["results"])))
     if not run.tasks:
         raise ReportError(f"{path} holds no scored task; did that lm_eval run end early?")
@@ -319,12 +319,12 @@ def same_run(one: Run, two: Run) -> bool:
 def _results_files(path: Path) -> list[Path]:
     """The results files under a path, oldest first (by the date in the name, else by file time)."""
     if not path.exists():
-        raise ReportError(f"{path} does not exist; give a results file of lm-eval, or the folder it was written to")
+        raise ReportError(f"{path} does not exist; give a results file of lm-eval, or the folder it was written to.")
     if not path.is_dir():
         return [path]
     files = [f for f in path.rglob("*.json") if f.name.startswith("results") or _DATE.search(f.name)]
     if not files:
-        raise ReportError(f"{path} holds no results file (results_<date>.json); run lm_eval with --output_path {path}")
+        raise ReportError(f"{path} holds no results file (results_<date>.json); run lm_eval with --output_path {path}.")
     return sorted(files, key=lambda f: (_date_in(f) or "", f.stat().st_mtime, str(f)))
 
 
@@ -363,14 +363,14 @@ def _load(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         if path.name.startswith("samples_") and path.suffix == ".jsonl":
-            raise ReportError(f"{path} holds samples; give the results_ file beside it") from error
+            raise ReportError(f"{path} holds samples; give the results_ file beside it.") from error
         raise ReportError(
-            f"{path} is not complete JSON (line {error.lineno}: {error.msg}); it was cut off, or is no results file"
+            f"{path} is not complete JSON (line {error.lineno}: {error.msg}); it was cut off, or is no results file."
         ) from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ReportError(f"{path} is not a results file of lm-eval: it is not JSON text") from error
+        raise ReportError(f"{path} is not a results file of lm-eval: it is not JSON text.") from error
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -384,12 +384,12 @@ def _json_lines(path: Path) -> Iterator[Any]:
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise ReportError(
                             f"{path}, line {number}: not complete JSON; the file was cut off, so run it again or "
-                            f"delete it to compare without samples"
+                            f"delete it to compare without samples."
                         ) from error
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path} is not UTF-8 text; it was damaged, so run it again") from error
+        raise ReportError(f"{path} is not UTF-8 text; it was damaged, so run it again.") from error
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _sample(line: dict[str, Any]) -> Sample:

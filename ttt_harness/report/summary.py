@@ -115,7 +115,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
         ReportError: there is no run, or they are of several sweeps.
     """
     if not runs:
-        raise ReportError("no finished run to summarize")
+        raise ReportError("there is no finished run to summarize.")
     found: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.date or 0):
         found[run.method][run.seed].append(run)

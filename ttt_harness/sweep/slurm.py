@@ -327,7 +327,7 @@ def _states(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigError(f"SLURM does not answer ({command[0]}: {type(error).__name__}).") from None
         if told.returncode and command is squeue:
-            raise ConfigError(f"SLURM does not answer: {' '.join(told.stderr.split()) or 'squeue failed'}")
+            raise ConfigError(f"SLURM does not answer: {' '.join(told.stderr.split()) or 'squeue failed'}.")
         for line in told.stdout.splitlines():
             job, state, reason = [*line.split("|"), "", ""][:3]
             states.setdefault(job, (state.split()[0] if state else "", reason))
