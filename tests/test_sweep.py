@@ -1,6 +1,8 @@
 """The sweep without an engine: what the cells ask for, what is skipped, and what is refused before the first fit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,14 @@ def refused(capsys, *arguments):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
+
+
+def test_an_argument_that_is_given_twice_is_said():
+    """In a process of its own, where nothing has silenced lm-eval yet."""
+    grid = ["--methods", "icl", "--seeds", "1", "--tasks", "t", "--output_path", "out", "--limit", "0"]
+    command = [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *grid, "--model_args", "k=3,k=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Overwriting key 'k': 3 -> 5" in done.stderr
 
 
 class TestBadInput:

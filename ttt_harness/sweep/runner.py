@@ -91,10 +91,12 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging, simple_parse_args_string
 
-    setup_logging(logging.ERROR)  # one display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back
     parser = argparse.ArgumentParser(prog="ttt-harness sweep")
     Run.create(parser.add_subparsers())
     parsed, unknown = parser.parse_known_args(["run", *options])
+    # One display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back. Not before lm-eval has parsed the
+    # options: it warns of one that is given twice.
+    setup_logging(logging.ERROR)
     if unknown:
         raise ConfigError(f"{' '.join(unknown)} is no option of this command or of lm_eval run; see --help of both.")
     given = vars(parsed)
