@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +14,9 @@ from ttt_harness.errors import ConfigError
 from ttt_harness.harness.progress import Display, RunProgress, showing
 from ttt_harness.report import cli
 from ttt_harness.report.summary import PUBLISHED
-from ttt_harness.sweep import runner
+from ttt_harness.sweep import display, runner
 from ttt_harness.sweep.cells import locked
-from ttt_harness.sweep.display import seconds_left
+from ttt_harness.sweep.display import SweepDisplay, seconds_left
 from ttt_harness.sweep.grid import METHODS, cells_of, parse_methods, parse_seeds, read_yaml
 from ttt_harness.sweep.runner import lm_eval_call, run_cells
 
@@ -391,6 +392,18 @@ def test_time_left_goes_by_what_each_method_took():
     assert seconds_left({"icl": [2.0, 4.0]}, ["icl", "icl"], fits) == 6.0
     assert seconds_left({"ttt": [10.0]}, ["e2e", "icl"], fits) == 12.0
     assert seconds_left({"ttt": [10.0]}, [], fits) == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(30.0, "cell 3/4, about 60 s left"), (0.1, "cell 3/4")])
+def test_the_time_left_is_said_of_the_whole_sweep_where_there_is_any(monkeypatch, capsys, seconds, told):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with SweepDisplay(["icl"] * 3, {"icl": False}, skipped=1) as shown:
+        shown.begin("icl, seed 42")
+        clock.now = seconds
+        shown.end("done", measured=True)
+        shown.begin("icl, seed 43")
+    assert capsys.readouterr().err.splitlines()[-1] == f"[{told}] icl, seed 43: preparing (0% of this cell)"
 
 
 class Recorded(Display):
