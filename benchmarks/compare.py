@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import fits, flops, original, ours, process
 from benchmarks.results import ResultsFile
 from benchmarks.serve import write_order
@@ -138,10 +140,13 @@ class Benchmark:
         machine: what `benchmarks.machine` measured, if it did already.
 
     Raises:
-        ConfigError, ModelError: a task or the model is not there.
+        ConfigError, ModelError: a task or the model is not there, the original's tasks are not among this project's,
+            or a stage needs a GPU.
     """
 
     def __init__(self, settings: Settings, folder: Path, *, machine: dict[str, Any] | None = None) -> None:
+        if "turns" in (settings.stages or ()) and not torch.cuda.is_available():
+            raise ConfigError("--stages turns needs a GPU, which trainer and engine share: leave it out.")
         self.settings = settings
         self.folder = folder
         self.model_dir = embedded_model_path() if settings.model == "embedded" else Path(settings.model).resolve()
@@ -155,9 +160,13 @@ class Benchmark:
             config=self.config,
             generation_budget=settings.generation_budget,
         )
+        everything = {task.name for task in self.workload.tasks(settings.tasks)}
+        if alone := [task.name for task in self.compared if task.name not in everything]:
+            raise ConfigError(
+                f"--original-tasks {alone[0]} is not among --tasks, to all of which the original's time is scaled: "
+                "add it there, or leave it out here."
+            )
         self.machine = machine or self._peak()
-        if "turns" in self.stages and self.device == "cpu":
-            raise ConfigError("--stages turns needs a GPU, which trainer and engine share: leave it out.")
 
     @property
     def device(self) -> str:

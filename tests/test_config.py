@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 
 import pytest
+from lm_eval._cli.utils import key_val_to_dict
 
 from ttt_harness.config import METHODS, PUBLISHED_FIT, TaskSettings, TTTConfig, nearest
 from ttt_harness.errors import ConfigError
@@ -93,6 +94,14 @@ def test_a_wrong_value_is_refused_with_its_name_and_the_rule(settings, name, val
     assert message.endswith(".")
     assert "\n" not in message
     assert str(pickle.loads(pickle.dumps(refusal.value))) == message
+
+
+def test_a_refused_value_is_quoted_as_it_was_given():
+    parsed = key_val_to_dict("num_permutations=-1,lora_rank=-12345678,lr=-0.5,shuffle='x.0'")
+    assert isinstance(parsed["num_permutations"], float)  # what lm-eval makes of it
+    for name, given in {"num_permutations": "-1", "lora_rank": "-12345678", "lr": "-0.5", "shuffle": "'x.0'"}.items():
+        with pytest.raises(ConfigError, match=rf"^{name}={given} is not allowed"):
+            TTTConfig(**{name: parsed[name]})
 
 
 def test_no_demonstrations_are_allowed_only_where_nothing_is_fitted():

@@ -3,11 +3,15 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from ttt_harness.errors import ConfigError
-from ttt_harness.report import cli
+from ttt_harness.report import cli, summary
+from ttt_harness.report.results import find_runs
+from ttt_harness.sweep import runner
+from ttt_harness.sweep.cells import GRID as GRID_FILE
 from ttt_harness.sweep.cells import LOCK, locked
 from ttt_harness.sweep.grid import Cell
 from ttt_harness.sweep.runner import run_cells
@@ -113,6 +117,28 @@ class TestStatus:
             assert self.shown(capsys, tmp_path) == ["ttt, seed 1 running", "1 running"]
         (tmp_path / LOCK).write_text("")
         assert self.shown(capsys, tmp_path)[1] == "1 stopped"
+
+    def test_lists_the_cells_that_a_stopped_sweep_has_not_come_to(self, capsys, tmp_path, monkeypatch):
+        def stopped_at_seed_2(options):
+            if options["model_args"]["seed"] == 2:
+                raise KeyboardInterrupt
+            (Path(options["output_path"]) / "results_x.json").write_text('{"results": {"t": {"acc,none": 0.5}}}')
+
+        monkeypatch.setattr(runner, "_check", lambda *_: None)
+        monkeypatch.setattr(runner, "run_lm_eval", stopped_at_seed_2)
+        out = tmp_path / "out"
+        assert cli.main(["sweep", *GRID[:2], "--seeds", "1-3", *GRID[4:-1], str(out)]) == 130
+        capsys.readouterr()
+        assert self.shown(capsys, out) == [
+            f"random, seed 1 done {out}/random/seed1",
+            "random, seed 2 not started",
+            "random, seed 3 not started",
+            "1 done, 2 not started",
+        ]
+        assert [run.path.name for run in find_runs(out)] == ["results_x.json"]
+        assert summary.read([out]).methods == ["run"]
+        (out / GRID_FILE).write_text("[[")  # as of a full disk
+        assert len(self.shown(capsys, out)) == 2
 
     def test_of_an_empty_folder(self, capsys, tmp_path):
         assert self.shown(capsys, tmp_path) == ["No cell has been started."]

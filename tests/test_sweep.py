@@ -1,7 +1,10 @@
 """The sweep without an engine: what the cells ask for, what is skipped, and what is refused before the first fit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,9 +14,9 @@ from ttt_harness.errors import ConfigError
 from ttt_harness.harness.progress import Display, RunProgress, showing
 from ttt_harness.report import cli
 from ttt_harness.report.summary import PUBLISHED
-from ttt_harness.sweep import runner
+from ttt_harness.sweep import display, runner
 from ttt_harness.sweep.cells import locked
-from ttt_harness.sweep.display import seconds_left
+from ttt_harness.sweep.display import SweepDisplay, seconds_left
 from ttt_harness.sweep.grid import METHODS, cells_of, parse_methods, parse_seeds, read_yaml
 from ttt_harness.sweep.runner import lm_eval_call, run_cells
 
@@ -139,6 +142,10 @@ class TestOptions:
         assert found["tasks"] == ["procedural_ttt"]
         assert "batch_size" not in found
 
+    @pytest.mark.parametrize("limit", ["1", "0.5", "0.001"])
+    def test_a_share_of_the_questions_is_a_limit(self, limit):
+        assert lm_eval_call({}, [*OPTIONS, "--limit", limit])["limit"] == float(limit)
+
     def test_a_file_describes_the_same_grid_and_the_command_line_wins(self, tmp_path):
         file = tmp_path / "grid.yaml"
         file.write_text(
@@ -183,6 +190,14 @@ def refused(capsys, *arguments):
     return captured.err
 
 
+def test_an_argument_that_is_given_twice_is_said():
+    """In a process of its own, where nothing has silenced lm-eval yet."""
+    grid = ["--methods", "icl", "--seeds", "1", "--tasks", "t", "--output_path", "out", "--limit", "0"]
+    command = [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *grid, "--model_args", "k=3,k=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "Overwriting key 'k': 3 -> 5" in done.stderr
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -196,6 +211,10 @@ class TestBadInput:
             (["--methods", "icl", "--seeds", "42", *OPTIONS[2:], "--limit", "4", "--samples", "{}"], "must be None"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS[:2], *OPTIONS[4:]], "tasks is missing"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--use_cache", "x"], "--use_cache is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "0"], "--limit 0 is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit=-3"], "--limit -3 is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "nan"], "--limit nan is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "inf"], "--limit inf is not allowed"),
             (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
         ],
     )
@@ -209,6 +228,10 @@ class TestBadInput:
     def test_a_key_of_a_file_that_lm_eval_does_not_know(self, capsys, tmp_path):
         (tmp_path / "grid.yaml").write_text("methods: icl\nseeds: 42\nlimits: 3\n")
         assert "Did you mean 'limit'?" in refused(capsys, "--config", tmp_path / "grid.yaml")
+
+    def test_a_limit_of_a_file_that_is_no_number(self, capsys, tmp_path):
+        (tmp_path / "grid.yaml").write_text("methods: icl\nseeds: 42\ntasks: t\noutput_path: out\nlimit: ten\n")
+        assert "--limit 'ten' is not allowed" in refused(capsys, "--config", tmp_path / "grid.yaml")
 
     def test_an_option_that_lm_eval_does_not_know(self, capsys):
         said = refused(capsys, "--methods", "icl", "--seeds", "42", *OPTIONS, "--limmit", "3")
@@ -288,6 +311,10 @@ class TestRun:
         assert run_cells(cells, tmp_path, write_results) == 0
         assert not list(tmp_path.rglob("*.failed"))
 
+    def test_where_no_cell_is_finished_nothing_is_said_to_be_shown(self, cells, tmp_path, capsys):
+        assert run_cells(cells, tmp_path, lambda _: None) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == "No cell was finished."
+
     def test_a_cell_without_results_has_failed(self, cells, tmp_path, capsys):
         assert run_cells(cells[:1], tmp_path, lambda _: None) == 1
         assert "lm-eval could not write its results" in capsys.readouterr().err
@@ -365,6 +392,18 @@ def test_time_left_goes_by_what_each_method_took():
     assert seconds_left({"icl": [2.0, 4.0]}, ["icl", "icl"], fits) == 6.0
     assert seconds_left({"ttt": [10.0]}, ["e2e", "icl"], fits) == 12.0
     assert seconds_left({"ttt": [10.0]}, [], fits) == 0.0
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(30.0, "cell 3/4, about 60 s left"), (0.1, "cell 3/4")])
+def test_the_time_left_is_said_of_the_whole_sweep_where_there_is_any(monkeypatch, capsys, seconds, told):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with SweepDisplay(["icl"] * 3, {"icl": False}, skipped=1) as shown:
+        shown.begin("icl, seed 42")
+        clock.now = seconds
+        shown.end("done", measured=True)
+        shown.begin("icl, seed 43")
+    assert capsys.readouterr().err.splitlines()[-1] == f"[{told}] icl, seed 43: preparing (0% of this cell)"
 
 
 class Recorded(Display):

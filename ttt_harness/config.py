@@ -45,6 +45,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
+def quoted(value: Any) -> str:
+    """A refused value as a person wrote it: lm-eval makes -1 a -1.0, and --limit 0 a 0.0."""
+    return repr(value).removesuffix(".0")
+
+
 def _rule(kind: type, rule: str, allowed: Any) -> Any:
     """Dataclass field metadata: the type, the rule in words, and the function or tuple that decides."""
     return {"kind": kind, "rule": rule, "allowed": allowed}
@@ -93,7 +98,7 @@ class _Settings:
             except (TypeError, ValueError, OverflowError):
                 ok = False
             if not ok:
-                raise ConfigError(f"{f.name}={value!r} is not allowed: it must be {rule['rule']}.")
+                raise ConfigError(f"{f.name}={quoted(value)} is not allowed: it must be {rule['rule']}.")
             object.__setattr__(self, f.name, converted)
 
     @classmethod

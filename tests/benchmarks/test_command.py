@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parser, _settings, main
+from benchmarks.compare import Benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
-TASK = "procedural_ttt_boolean_expressions"
+TASK, OTHER = "procedural_ttt_boolean_expressions", "procedural_ttt_navigate"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ TASK = "procedural_ttt_boolean_expressions"
             "needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
         ),
+        (["compare", "--tasks", TASK, "--original-tasks", f"{TASK},{OTHER}"], f"{OTHER} is not among --tasks"),
+        (["compare", "--tasks", TASK, "--original-tasks", "procedural_ttt"], "is not among --tasks"),
         (["compare", "--serve-sample", "-1"], "--serve-sample -1 is not allowed"),
         (["compare", "--k", "0"], "k=0 is not allowed"),
         (["compare", "--model", "/nowhere/model"], "there is no such directory"),
@@ -40,13 +43,20 @@ TASK = "procedural_ttt_boolean_expressions"
         (["checkpoint", "/", "--geometry", "tiny"], "exists already"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, telling, tiny_model, capsys):
+def test_bad_input_is_one_sentence_before_the_machine_is_measured(arguments, telling, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(Benchmark, "_peak", lambda _: pytest.fail("measured"))
     options = [] if "--model" in arguments or arguments[0] == "checkpoint" else ["--model", str(tiny_model)]
     options += ["--tokenizer", str(tiny_model)] if arguments[0] == "checkpoint" else []
     assert main([*arguments, *options]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ")
     assert telling in error[-1]
+
+
+def test_the_originals_tasks_may_be_some_of_a_group(tiny_model, tmp_path):
+    options = ["--model", str(tiny_model), "--limit", "2", "--tasks", "procedural_ttt", "--original-tasks", TASK]
+    benchmark = Benchmark(_settings(_parser().parse_args(["compare", *options])), tmp_path, machine={"device": "cpu"})
+    assert [task.name for task in benchmark.compared] == [TASK]
 
 
 @pytest.mark.integration

@@ -40,6 +40,7 @@ def refused(capsys, *arguments):
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
+    assert err.endswith((".\n", "?\n")), err
     return err
 
 
@@ -123,7 +124,7 @@ def test_several_others_begin_with_a_summary(capsys, two, tmp_path):
     )
     _, out, _ = call(capsys, "compare", *two, third)
     assert "all runs against 10-shot (50.0)" in out
-    assert "10-shot → ttt loss_on=outputs" in out
+    assert "10-shot → ttt_loss_all" in out
 
 
 def test_not_a_results_file(capsys, two, tmp_path):

@@ -248,6 +248,10 @@ def test_labels_tell_runs_apart(tmp_path):
     assert distinct_labels([icl, first], [None, "ours"]) == ["10-shot", "ours"]
     assert distinct_labels([first, slow]) == ["ttt lr=0.0001", "ttt lr=1e-05"]
     assert len(set(distinct_labels([icl, run("d"), run("e", model="Llama")]))) == 3
+    shown, hidden = (run(f"icl{shots}", ttt=ttt(["t"], method="icl"), shots=shots) for shots in (10, 0))
+    assert distinct_labels([hidden, shown]) == ["zero_shot", "icl"]
+    assert distinct_labels([first, run("f", ttt=ttt(["t"]), limit=40.0)]) == ["ttt", "ttt limit=40"]
+    assert distinct_labels([first, run("g", ttt=ttt(["t"]), shots=0)]) == ["ttt shots=10", "ttt shots=0"]
 
 
 def test_newest_file_of_a_folder_counts_and_is_named(tmp_path):

@@ -135,6 +135,30 @@ def test_several_seeds_are_mean_and_spread(tmp_path):
     assert len(data["losses"]["1"]["0"]) == 3
 
 
+def test_zero_shot_runs_are_no_in_context_runs(tmp_path):
+    scores = {("zero_shot", 42): 0.1, ("zero_shot", 43): 0.2, ("icl", 42): 0.5, ("icl", 43): 0.6}
+    for (name, seed), share in scores.items():
+        write_run(
+            tmp_path / name / f"seed{seed}",
+            {"t": [1.0] * round(40 * share) + [0.0] * round(40 - 40 * share)},
+            source="ttt_vllm",
+            ttt=ttt(["t"], method="icl", seed=seed),
+            metadata={"seed": seed},
+            shots=0 if name == "zero_shot" else 10,
+        )
+    data = page_data(build_page(find_runs(tmp_path)))
+    assert data["labels"] == ["icl", "zero_shot"]  # the base is in-context, although zero-shot is older
+    (row,) = data["rows"]["1"]
+    assert (row["base"][0], row["other"][0], row["seeds"]) == (pytest.approx(0.55), pytest.approx(0.15), 2)
+
+
+def test_runs_of_some_of_the_questions_stand_by_themselves(tmp_path):
+    write_run(tmp_path / "all", {"t": bits(40, 1)})
+    write_run(tmp_path / "some", {"t": bits(20, 1)}, limit=20.0)
+    write_run(tmp_path / "share", {"t": bits(20, 1)}, limit=0.5)
+    assert page_data(build_page(find_runs(tmp_path)))["labels"] == ["10-shot", "10-shot limit=20", "10-shot limit=0.5"]
+
+
 def test_a_run_given_twice_is_shown_once_and_said(tmp_path):
     write_runs(tmp_path)
     runs = find_runs(tmp_path)
@@ -147,7 +171,7 @@ def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):
     write_run(tmp_path / "a", {"t": bits(40, 1)})
     write_run(tmp_path / "b", {"t": bits(20, 1)}, ttt=ttt(["t"]))
     html = build_page(find_runs(tmp_path))
-    assert "not compared: the questions of t differ" in html
+    assert re.search(r"not compared: the questions of t differ [^<]*task version\.<", html)
     assert len(page_data(html)["questions"]["id"]) == 40
 
 
@@ -160,18 +184,46 @@ def test_base_can_be_chosen(tmp_path, capsys):
     assert page_data(output.read_text(encoding="utf-8"))["labels"] == ["ttt", "10-shot", "e2e"]
 
 
+def labels_of_report(folder, *arguments):
+    output = folder / "report.html"
+    assert cli.main(["report", *map(str, arguments), "-o", str(output)]) == 0
+    return page_data(output.read_text(encoding="utf-8"))["labels"]
+
+
+def test_runs_are_called_by_the_names_given(tmp_path):
+    write_runs(tmp_path, seeds=(42, 43))
+    named = [f"in-context={tmp_path / 'icl'}", f"TTT={tmp_path / 'ttt'}"]
+    assert labels_of_report(tmp_path, *named) == ["in-context", "TTT"]
+    assert labels_of_report(tmp_path, *named, "--base", tmp_path / "ttt") == ["TTT", "in-context"]
+    assert labels_of_report(tmp_path, *named[:1], tmp_path / "ttt") == ["in-context", "ttt"]
+
+
+def test_runs_alike_under_two_names_stand_by_themselves(tmp_path):
+    for name in ("old", "new"):
+        write_runs(tmp_path / name)
+    named = [f"{name}={tmp_path / name}" for name in ("old", "new")]
+    assert labels_of_report(tmp_path, *named) == ["old 10-shot", "old ttt", "new 10-shot", "new ttt"]
+
+
+def test_one_name_for_two_folders_is_refused(tmp_path, capsys):
+    write_runs(tmp_path)
+    assert cli.main(["report", f"a={tmp_path / 'icl'}", f"a={tmp_path / 'ttt'}", "-o", str(tmp_path / "r.html")]) == 1
+    assert "the name a is given to two runs; give each its own.\n" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_no_runs_are_refused(tmp_path, capsys):
     with pytest.raises(ReportError, match="no run"):
         build_page([])
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 1
-    assert "holds no results file" in capsys.readouterr().err
+    assert re.search(r"holds no results file .*\.\n$", capsys.readouterr().err)
 
 
 def test_output_that_can_not_be_written_is_one_sentence(tmp_path, capsys):
     write_runs(tmp_path / "runs")
     (tmp_path / "file").write_text("")
     assert cli.main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "file" / "r.html")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert re.search(r"cannot be written: .*; choose another file with -o\.\n$", capsys.readouterr().err)
 
 
 def luminance(colour):

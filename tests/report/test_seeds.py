@@ -5,16 +5,18 @@ import pytest
 from tests.report.runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import compare_runs
-from ttt_harness.report.results import find_run
+from ttt_harness.report.methods import group_by_seed
+from ttt_harness.report.results import find_run, find_runs
 from ttt_harness.report.seeds import find_compared
 
 SCORES = {42: [0, 0, 1, 0, 1, 1], 43: [0, 1, 1, 0, 0, 1]}
 BETTER = {42: [1, 0, 1, 0, 1, 1], 43: [1, 1, 1, 1, 0, 1]}
 
 
-def write(folder, scores, question=lambda task, i: f"{task} question {i}", seeds=(42, 43), **more):
+def write(folder, scores, question=lambda task, i: f"{task} question {i}", seeds=(42, 43), metadata=None, **more):
     for seed in seeds:
-        write_run(folder / f"seed{seed}", {"task": scores[seed]}, metadata={"seed": seed}, question=question, **more)
+        of_run = {"seed": seed, **(metadata or {})}
+        write_run(folder / f"seed{seed}", {"task": scores[seed]}, metadata=of_run, question=question, **more)
     return folder
 
 
@@ -56,6 +58,44 @@ def test_runs_of_several_methods_are_not_one(tmp_path):
     write(tmp_path, BETTER, seeds=(43,), ttt=ttt(["task"]))
     assert find_compared(tmp_path)[1] == find_run(tmp_path)[1]
     assert "took the newest" in find_compared(tmp_path)[1][0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"shots": 0},
+        {"limit": 3},
+        {"limit": 0.5},
+        {"metadata": {"vote_permutations": 5}},
+        {"metadata": {"k": 5}},
+        {"metadata": {"generation_budget": "published"}},
+        {"model": "Llama"},
+        {"ttt": ttt(["task"], method="icl", dtype="float32")},
+        {"change": {"chat_template_sha": "abc"}},
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_not_one_anywhere(tmp_path, other):
+    plain = {"ttt": ttt(["task"], method="icl")}
+    write(tmp_path / "one", SCORES, **plain)
+    write(tmp_path / "two", SCORES, seeds=(42,), **plain)
+    write(tmp_path / "two", SCORES, seeds=(43,), **{**plain, **other})
+    assert "took the newest" in find_compared(tmp_path / "two")[1][0]
+    for folder, methods in (("one", 1), ("two", 2)):
+        runs = find_runs(tmp_path / folder)
+        assert len(group_by_seed(runs, runs[0], {})[0]) == methods
+
+
+def test_a_folder_with_other_methods_of_the_same_seeds_is_not_one(tmp_path):
+    write(tmp_path / "icl", SCORES)
+    write(tmp_path / "ttt", BETTER, ttt=ttt(["task"]))
+    assert "took the newest" in find_compared(tmp_path)[1][0]
+
+
+def test_random_guesses_are_one_whatever_name_lm_eval_makes_up_for_their_model(tmp_path):
+    for seed, name in ((42, "brave-otter"), (43, "calm-heron")):
+        guesses = {"settings": {"method": "random", "seed": seed}, "tasks": {}}
+        write(tmp_path, SCORES, seeds=(seed,), model=name, ttt=guesses)
+    assert "seeds 42, 43" in find_compared(tmp_path)[1][0]
 
 
 def test_without_samples_the_runs_scores_are_averaged(tmp_path):

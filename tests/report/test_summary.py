@@ -11,12 +11,25 @@ from runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report import cli, published
 from ttt_harness.report.results import read_run
-from ttt_harness.report.summary import COLUMNS, PUBLISHED, method_of, read, tables
+from ttt_harness.report.summary import COLUMNS, PUBLISHED, read, tables
 
 TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
 
 
-def write(folder, right, *, seed=42, shots=10, choices=(), metadata=None, group="bbh_ttt", tasks=TASKS, **settings):
+def write(
+    folder,
+    right,
+    *,
+    seed=42,
+    shots=10,
+    choices=(),
+    metadata=None,
+    group="bbh_ttt",
+    tasks=TASKS,
+    model="SmolLM2-135M-Instruct",
+    limit=None,
+    **settings,
+):
     """A run in which `right` of ten questions are right in each task."""
     scores = {task: [1.0] * right + [0.0] * (10 - right) for task in tasks}
     path = write_run(
@@ -27,6 +40,8 @@ def write(folder, right, *, seed=42, shots=10, choices=(), metadata=None, group=
         ttt=ttt(tasks, seed=seed, **settings),
         metadata={"seed": seed, **(metadata or {})},
         shots=shots,
+        model=model,
+        limit=limit,
     )
     content = json.loads(path.read_text())
     for task, config in content["configs"].items():
@@ -72,11 +87,11 @@ def three_seeds(tmp_path):
 )
 def test_every_method_is_known_by_its_results_file(tmp_path, name, run):
     assert name in PUBLISHED
-    assert method_of(read_run(write(tmp_path, 5, **run))) == name
+    assert read_run(write(tmp_path, 5, **run)).method == name
 
 
 def test_another_model_is_named_by_its_shots(tmp_path):
-    assert method_of(read_run(write_run(tmp_path, {"a": [1.0]}, source="hf"))) == "10-shot"
+    assert read_run(write_run(tmp_path, {"a": [1.0]}, source="hf")).method == "10-shot"
 
 
 def test_mean_and_deviation_over_the_seeds(three_seeds):
@@ -141,6 +156,27 @@ def test_what_differs_between_the_seeds_is_said(tmp_path):
     assert "ttt: the seeds differ in lr (0.0001, 0.001)." in read([tmp_path]).remarks
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"limit": 40.0}, {"seed": 43}, "the runs differ in limit (40, not given)"),
+        ({"limit": 40.0}, {"method": "icl"}, "the runs differ in limit (40, not given)"),
+        ({}, {"model": "Llama", "method": "icl"}, "the runs differ in model (SmolLM2-135M-Instruct, Llama)"),
+        ({}, {"tasks": TASKS[:1], "seed": 43}, "the runs of ttt differ in tasks (bbh_ttt_snarks and 1 more, bbh_ttt"),
+        ({}, {"lr": 1e-3, "metadata": {"k": 5}}, "the runs of ttt, seed 42, differ in lr (0.0001, 0.001), k (10, 5)"),
+    ],
+)
+def test_several_sweeps_are_refused(capsys, tmp_path, first, second, said):
+    write(tmp_path / "a/seed42", 5, **first)
+    write(tmp_path / "b/seed42", 6, **second)
+    status, out, err = call(capsys, tmp_path)
+    assert (status, out) == (1, "")
+    assert said in err
+    assert err.endswith("on its own.\n")
+    assert err.count("\n") == 1
+    assert call(capsys, tmp_path / "a")[0] == call(capsys, tmp_path / "b")[0] == 0
+
+
 def test_methods_with_different_seeds_are_said(three_seeds):
     write(three_seeds / "icl", 5, method="icl")
     assert "The methods have different seeds: random 42, 43, 44; icl 42; ttt 42, 43, 44." in read([three_seeds]).remarks
@@ -197,6 +233,7 @@ def test_a_folder_without_results(capsys, tmp_path):
     status, out, err = call(capsys, tmp_path)
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
+    assert err.endswith(".\n")
     assert err.count("\n") == 1
     with pytest.raises(ReportError):
         read([tmp_path / "nowhere"])

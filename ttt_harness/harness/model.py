@@ -29,7 +29,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key, fingerprint
 from ttt_harness.cluster.pool import Pool, shared_pool
-from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest
+from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest, quoted
 from ttt_harness.data.sequences import TrainingSequence, in_context_sequences, single_pair_sequences
 from ttt_harness.data.support import SupportSet
 from ttt_harness.embedded import embedded_model_path
@@ -640,7 +640,9 @@ def _workers(given: Any) -> int:
     except ValueError:
         workers = 0
     if workers < 1:
-        raise ConfigError(f"data_parallel_size={given!r} is not allowed: it is a whole number of workers, at least 1.")
+        raise ConfigError(
+            f"data_parallel_size={quoted(given)} is not allowed: it is a whole number of workers, at least 1."
+        )
     return workers
 
 
@@ -673,7 +675,7 @@ def _max_lora_rank(config: TTTConfig, shape: ModelShape, asked: Any) -> int:
         return allowed[0]
     if asked not in allowed:
         raise ConfigError(
-            f"max_lora_rank={asked!r} is not allowed: vLLM takes one of {', '.join(map(str, allowed))} "
+            f"max_lora_rank={quoted(asked)} is not allowed: vLLM takes one of {', '.join(map(str, allowed))} "
             f"for lora_rank={config.lora_rank}."
         )
     return asked

@@ -9,12 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ttt_harness.errors import ConfigError, ReportError, TTTError
-
-if TYPE_CHECKING:
-    from ttt_harness.report.results import Run
 
 Subparsers = Any  # argparse._SubParsersAction has no public name
 
@@ -62,8 +59,15 @@ def _add_compare(subparsers: Subparsers) -> None:
 def _compare(args: argparse.Namespace) -> int:
     from ttt_harness.report import tables
     from ttt_harness.report.compare import compare_runs
+    from ttt_harness.report.seeds import find_compared
 
-    labels, runs, remarks = _named_runs([args.base, *args.others])
+    labels: list[str | None] = []
+    runs, remarks = [], []
+    for name, path in _named([args.base, *args.others]):
+        run, said = find_compared(path)
+        labels.append(name)
+        runs.append(run)
+        remarks += said
     comparison = compare_runs(
         runs[0],
         runs[1:],
@@ -89,23 +93,20 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _named_runs(given: Sequence[str]) -> "tuple[list[str | None], list[Run], list[str]]":
-    """The runs that `PATH` or `NAME=PATH` arguments stand for, their names, and remarks for the reader."""
-    from ttt_harness.report.seeds import find_compared
+def _named(given: Sequence[str]) -> list[tuple[str | None, str]]:
+    """The name, None where there is none, and the path of each `PATH` or `NAME=PATH`.
 
-    labels: list[str | None] = []
-    runs, remarks = [], []
+    Raises:
+        ReportError: two have the same name.
+    """
+    found: list[tuple[str | None, str]] = []
     for text in given:
         name, equals, path = text.partition("=")
-        named = bool(equals and name and not Path(text).exists())
-        run, said = find_compared(path if named else text)
-        labels.append(name if named else None)
-        runs.append(run)
-        remarks += said
-    twice = {label for label in labels if label and labels.count(label) > 1}
-    if twice:
-        raise ReportError(f"the name {', '.join(sorted(twice))} is given to two runs; give each its own")
-    return labels, runs, remarks
+        found.append((name, path) if equals and name and not Path(text).exists() else (None, text))
+    names = [name for name, _ in found if name]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ReportError(f"the name {', '.join(twice)} is given to two runs; give each its own.")
+    return found
 
 
 def _add_report(subparsers: Subparsers) -> None:
@@ -114,7 +115,8 @@ def _add_report(subparsers: Subparsers) -> None:
         help="one HTML page of runs: scores, training, costs, and every changed answer",
         description="Write one self-contained HTML page that shows lm-eval runs, with no network, to whoever opens it.",
     )
-    parser.add_argument("paths", metavar="DIR", nargs="+", help="results files of lm-eval, or folders with any number")
+    what = "results files of lm-eval, or folders with any number; NAME=DIR gives their runs a name"
+    parser.add_argument("paths", metavar="DIR", nargs="+", help=what)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
     parser.add_argument("--base", metavar="PATH", help="the run to hold the others against (default: oldest untrained)")
     parser.add_argument("--title", help="heading of the page")
@@ -125,20 +127,29 @@ def _add_report(subparsers: Subparsers) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ttt_harness.report.page import build_page
-    from ttt_harness.report.results import find_run, find_runs
+    from ttt_harness.report.results import find_run, find_runs, same_run
 
-    runs = [run for path in args.paths for run in find_runs(path)]
+    named = [(run, name) for name, path in _named(args.paths) for run in find_runs(path)]
+    runs = [run for run, _ in named]
     base = None
     if args.base:
         base, remarks = find_run(args.base)
+        base = next((run for run in runs if same_run(run, base)), base)
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
-    page = build_page(runs, base=base, title=args.title, metric=args.metric, reference=bool(args.reference))
+    page = build_page(
+        runs,
+        names={run: name for run, name in named if name},
+        base=base,
+        title=args.title,
+        metric=args.metric,
+        reference=bool(args.reference),
+    )
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"{args.output} cannot be written: {error.strerror}") from error
+        raise ReportError(f"{args.output} cannot be written: {error.strerror}; choose another file with -o.") from error
     print(f"{args.output}  ({args.output.stat().st_size / 1e6:.1f} MB)")
     return 0
 

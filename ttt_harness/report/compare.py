@@ -164,29 +164,26 @@ class KeptSamples:
 
 
 def distinct_labels(runs: Sequence[Run], given: Sequence[str | None] = (), ignore: Sequence[str] = ()) -> list[str]:
-    """A short name for each run: its method, and as much of model, settings, folder and date as tells them apart.
+    """A short name for each run: its method, and as much of its setup, folder and date as tells them apart.
 
     given: names to use instead, None for none; ignore: settings that must not be used to tell runs apart.
     """
     labels = [*given, *[None] * (len(runs) - len(given))]
-    settings = dict.fromkeys(k for run in runs for k in [*run.settings, "seed", "vote_permutations"])
+    setups = [{**run.setup, "seed": run.seed} for run in runs]
+    keys = dict.fromkeys(key for setup in setups for key in setup)
     parts = [
-        [run.method for run in runs],
-        [run.model for run in runs],
-        *[[_setting(run, key) for run in runs] for key in settings if key not in ("method", *ignore)],
-        [run.source for run in runs],
+        *[[_setting(key, setup.get(key)) for setup in setups] for key in keys if key not in ignore],
         [run.path.parent.parent.name or run.path.parent.name for run in runs],
         [run.path.stem.removeprefix("results_") for run in runs],
     ]
-    names = list(parts[0])
-    for part in parts[1:]:
+    names = [label or run.method for label, run in zip(labels, runs, strict=True)]
+    for part in parts:
         # a part is added only where two runs still share a name, and only if it tells some of them apart
         for name in {name for name, count in Counter(names).items() if count > 1}:
             same = [i for i, other in enumerate(names) if other == name]
             if len({part[i] for i in same}) > 1:
                 for i in same:
                     names[i] = f"{name} {part[i]}".strip()
-    names = [label or name for label, name in zip(labels, names, strict=True)]
     seen = Counter(names)
     if max(seen.values()) > 1:
         count: Counter[str] = Counter()
@@ -197,9 +194,10 @@ def distinct_labels(runs: Sequence[Run], given: Sequence[str | None] = (), ignor
     return names
 
 
-def _setting(run: Run, key: str) -> str:
-    value = run.metadata(run.tasks[0], key)
-    return "" if value is None else f"{key}={value}"
+def _setting(key: str, value: Any) -> str:
+    """What a run's name says of a part of its setup: most by name and value, what is not set not at all."""
+    text = "" if value is None else some(value, 1) if isinstance(value, list) else str(value)
+    return text if key in ("method", "model", "tasks", "lm-eval model") or not text else f"{key}={text}"
 
 
 def choose_metric(base: Run, other: Run, task: str, wanted: str | None = None) -> Metric | None:
@@ -229,7 +227,7 @@ def pair_samples(base: Sequence[Sample], other: Sequence[Sample], task: str, whe
     if alone or left:
         raise ReportError(
             f"the questions of {task} differ between {where}: {alone} of {len(base)} are only in the first and {left} "
-            f"of {len(other)} only in the second; run both with the same seed, k, --limit and task version"
+            f"of {len(other)} only in the second; run both with the same seed, k, --limit and task version."
         )
     return pairs
 
@@ -239,19 +237,19 @@ def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[l
     tasks = [task for task in base.tasks if task in other.raw["results"]]
     if not tasks:
         raise ReportError(
-            f"{where} have no task in common: the first has {_some(base.tasks)}, the second {_some(other.tasks)}"
+            f"{where} have no task in common: the first has {some(base.tasks)}, the second {some(other.tasks)}."
         )
     chosen = {task: found for task in tasks if (found := choose_metric(base, other, task, wanted))}
     if not chosen:
         offered = sorted({str(metric) for task in tasks for metric in base.metrics(task)})
         raise ReportError(
-            f"no shared task has the metric {wanted}; choose from {', '.join(offered) or 'none'}"
+            f"no shared task has the metric {wanted}; choose from {', '.join(offered) or 'none'}."
             if wanted
-            else f"{where} have no metric in common for {_some(tasks)}"
+            else f"{where} have no metric in common for {some(tasks)}."
         )
     warnings = comparability_warnings(base, other, list(chosen))
     if wanted and len(chosen) < len(tasks):
-        warnings.append(f"No {wanted} in {_some([t for t in tasks if t not in chosen])}: left out.")
+        warnings.append(f"No {wanted} in {some([t for t in tasks if t not in chosen])}: left out.")
 
     rows: list[Row] = []
     paired: dict[str, _Paired] = {}
@@ -281,13 +279,13 @@ def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[l
         rows.append(Row(task, "task", metric, len(pairs), one, two, difference, data.won, data.lost))
 
     if prompts_differ:
-        warnings.append(f"Prompts differ in {_some(prompts_differ)}.")
+        warnings.append(f"Prompts differ in {some(prompts_differ)}.")
     if not_a_mean:
-        warnings.append(f"Not paired, for the score is not the mean of its questions' scores: {_some(not_a_mean)}.")
+        warnings.append(f"Not paired, for the score is not the mean of its questions' scores: {some(not_a_mean)}.")
     without = [task for task in unpaired if task not in not_a_mean]
     if without:
         warnings.append(
-            f"Unpaired, with wider intervals, for want of samples: {_some(without)}. "
+            f"Unpaired, with wider intervals, for want of samples: {some(without)}. "
             f"Run both with --log_samples to compare question by question."
         )
     tested = [(i, row.difference.p) for i, row in enumerate(rows) if row.difference.p is not None]
@@ -326,7 +324,7 @@ def _mean_rows(
             continue
         if set(tasks) != set(other.groups[group]):
             only = sorted(set(tasks) ^ set(other.groups[group]))
-            remarks.append(f"No row for the group {group}, whose tasks differ: {_some(only)} in one run only.")
+            remarks.append(f"No row for the group {group}, whose tasks differ: {some(only)} in one run only.")
             continue
         found.append(_group_row(base, other, group, shared[0], [by_name[task] for task in scored], paired))
         covered = covered or set(scored) == set(by_name)
@@ -398,7 +396,7 @@ def comparability_warnings(base: Run, other: Run, tasks: Sequence[str]) -> list[
             if one != two:
                 differing[f"{_short(one)} and {_short(two)}"].append(task)
         if differing:
-            found.append(f"{sentence}: {'; '.join(f'{v} in {_some(t)}' for v, t in differing.items())}.")
+            found.append(f"{sentence}: {'; '.join(f'{v} in {some(t)}' for v, t in differing.items())}.")
     for sentence, key in (
         ("Chat templates differ", "chat_template_sha"),
         ("System instructions differ", "system_instruction_sha"),
@@ -414,10 +412,10 @@ def comparability_warnings(base: Run, other: Run, tasks: Sequence[str]) -> list[
         and not (base.has_samples(task) and other.has_samples(task))
     ]
     if hashed:
-        found.append(f"Questions or prompts differ in {_some(hashed)} (by lm-eval's task hashes).")
+        found.append(f"Questions or prompts differ in {some(hashed)} (by lm-eval's task hashes).")
     only = [t for t in [*base.tasks, *other.tasks] if (t in base.tasks) != (t in other.tasks)]
     if only:
-        found.append(f"In one run only, and left out: {_some(only)}.")
+        found.append(f"In one run only, and left out: {some(only)}.")
     return found
 
 
@@ -433,7 +431,7 @@ def _refuse_same_runs(runs: Sequence[Run]) -> None:
                 what = f"{one.path} twice" if one.path.resolve() == two.path.resolve() else f"{one.path} and {two.path}"
                 raise ReportError(
                     f"{what}: the same run, so every difference would be 0; "
-                    f"name two runs, or add --allow-same-run to see just that"
+                    f"name two runs, or add --allow-same-run to see just that."
                 )
 
 
@@ -456,7 +454,7 @@ def _reference(runs: Sequence[Run], labels: Sequence[str]) -> Reference:
     if not published.covers(runs):
         raise ReportError(
             "there are no published figures for these runs: they cover the tasks bbh_ttt_<name> only; "
-            "leave out --reference"
+            "leave out --reference."
         )
     return Reference(published.source(), methods, published.differences(runs, tasks))
 
@@ -480,9 +478,10 @@ def _total(counts: Sequence[int | None]) -> int | None:
     return None if None in counts else sum(c for c in counts if c is not None)
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def some(values: Sequence[Any], limit: int = 3) -> str:
+    """The first of the values, and how many more there are."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more
 
 
 def _short(value: Any) -> str:

@@ -79,33 +79,24 @@ def without_doubles(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return kept, [f"{twice} of the results files hold a run that another holds too; shown once."] if twice > 0 else []
 
 
-def _seed(run: Run) -> Any:
-    found = [run.metadata(task, "seed") for task in run.tasks]
-    return next((seed for seed in found if seed is not None), None)
-
-
-def group_by_seed(runs: Sequence[Run], base: Run) -> tuple[list[Method], list[str]]:
-    """The methods, that of the base first, and remarks. Of runs alike in settings and seed one is shown."""
+def group_by_seed(runs: Sequence[Run], base: Run, names: Mapping[Run, str]) -> tuple[list[Method], list[str]]:
+    """The methods, that of the base first, and remarks. Of runs alike in name, settings and seed one is shown."""
     groups: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        votes = {run.metadata(task, "vote_permutations") for task in run.tasks}
-        settings = {key: value for key, value in run.settings.items() if key != "seed"}
-        key = json.dumps([run.model, run.source, run.method, settings, sorted(map(str, votes))], default=str)
-        groups[key][_seed(run)].append(run)
+        groups[json.dumps([names.get(run), run.setup], sort_keys=True)][run.seed].append(run)
     remarks = []
     chosen: list[dict[Any, Run]] = []
     for by_seed in groups.values():
         newest = {}
         for seed, same in sorted(by_seed.items(), key=lambda item: str(item[0])):
-            # the newest, unless an older one ran more tasks
-            newest[seed] = base if base in same else max(same, key=lambda run: (len(run.tasks), run.date or 0))
+            newest[seed] = base if base in same else max(same, key=lambda run: run.date or 0)
             if len(same) > 1:
                 left = ", ".join(str(run.path) for run in same if run is not newest[seed])
                 remarks.append(f"Runs with the same settings: {newest[seed].path} is shown, left out {left}.")
         chosen.append(newest)
     chosen.sort(key=lambda by_seed: base not in by_seed.values())
     first = [base if base in by_seed.values() else next(iter(by_seed.values())) for by_seed in chosen]
-    labels = distinct_labels(first, ignore=("seed",))
+    labels = distinct_labels(first, [names.get(run) for run in first], ignore=("seed",))
     return [Method(label, by_seed) for label, by_seed in zip(labels, chosen, strict=True)], remarks
 
 

@@ -25,6 +25,7 @@ from ttt_harness.report.results import Run
 def build_page(
     runs: Sequence[Run],
     *,
+    names: Mapping[Run, str] | None = None,
     base: Run | None = None,
     title: str | None = None,
     metric: str | None = None,
@@ -32,17 +33,18 @@ def build_page(
 ) -> str:
     """The page's HTML.
 
+    names: what to call runs, in place of their methods; runs that have other names are not one method.
     base: the run that the others are held against; by default the oldest that trained nothing. title: its heading.
     metric, reference: as in `compare_runs`. Runs that cannot be compared with the base are shown without comparison,
     and a remark says why. Raises ReportError when there is no run, or a results or samples file is damaged.
     """
     if not runs and base is None:
-        raise ReportError("there is no run to report; name folders that lm_eval wrote with --output_path")
+        raise ReportError("there is no run to report; name folders that lm_eval wrote with --output_path.")
     runs, remarks = figures.without_doubles([*([base] if base else []), *(run for run in runs if run is not base)])
     if base is None:
         untrained = [run for run in runs if run.settings.get("method") in (None, "icl")]
-        base = min(untrained or runs, key=lambda run: (run.method == "0-shot", run.date or 0))
-    methods, said = figures.group_by_seed(runs, base)
+        base = min(untrained or runs, key=lambda run: (run.method in ("0-shot", "zero_shot"), run.date or 0))
+    methods, said = figures.group_by_seed(runs, base, names or {})
     remarks += said
     seeds = list(dict.fromkeys(seed for method in methods for seed in method.runs))
     tasks = list(dict.fromkeys(task for method in methods for run in method.runs.values() for task in run.tasks))
@@ -66,7 +68,7 @@ def build_page(
                     read=kept.read,
                 )
             except ReportError as error:
-                remarks.append(f"{method.label}: not compared: {error}.")
+                remarks.append(f"{method.label}: not compared: {error}")
     remarks += _warnings(methods, compared)
 
     rows = {i: figures.lines(by_seed) for i, by_seed in compared.items()}

@@ -20,6 +20,7 @@ from ttt_harness.errors import ReportError
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?")
 _NOT_METRICS = {"name", "alias", "sample_len", "sample_count", "samples"}
+_OF_TASKS = ("k", "vote_permutations", "leave_one_out", "generation_budget")
 
 
 class Metric(NamedTuple):
@@ -149,11 +150,51 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What was done: the TTT method, or for other models the number of demonstrations ("10-shot")."""
-        if "method" in self.settings:
-            return str(self.settings["method"])
+        """The published setting that was run ("zero_shot", "ttt_vote"); for other models the shots ("10-shot")."""
+        settings, method = self.settings, self.settings.get("method")
         shots = {self.shots(task) for task in self.tasks}
-        return f"{shots.pop()}-shot" if len(shots) == 1 and None not in shots else (self.source or "run")
+        if method is None:
+            return f"{shots.pop()}-shot" if len(shots) == 1 and None not in shots else (self.source or "run")
+        if method == "icl" and shots == {0}:
+            return "zero_shot"
+        name = str(method)
+        if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
+            name += f"_loss_{settings['loss_on']}"
+        if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
+            name += "_no_shuffle"
+        left_out = any(self.metadata(task, "leave_one_out") for task in self.tasks)
+        votes = any((self.metadata(task, "vote_permutations") or 1) > 1 for task in self.tasks)
+        return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
+
+    @property
+    def seed(self) -> Any:
+        """The seed of the split; None where no task names one."""
+        return next((seed for task in self.tasks if (seed := self.metadata(task, "seed")) is not None), None)
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What the run was asked for, by name: runs differ in the seed alone where this is the same.
+
+        Of what each task has its own, the value of all tasks where they agree, else a list.
+        """
+        tasks, limit = sorted(self.tasks), _number(self.config.get("limit"))
+
+        def of_tasks(values: list[Any]) -> Any:
+            return values[0] if all(value == values[0] for value in values) else values
+
+        return {
+            "method": self.method,
+            # lm-eval makes up a name where no model is given
+            "model": None if self.method == "random" else self.model,
+            "limit": int(limit) if limit is not None and limit.is_integer() else limit,
+            **{key: value for key, value in self.settings.items() if key not in ("method", "seed")},
+            "shots": of_tasks([self.shots(task) for task in tasks]),
+            **{key: of_tasks([self.metadata(task, key) for task in tasks]) for key in _OF_TASKS},
+            "chat_template_sha": self.raw.get("chat_template_sha"),
+            "system_instruction_sha": self.raw.get("system_instruction_sha"),
+            "tasks": tasks,
+            "lm-eval model": self.source,
+        }
 
     def fit(self, task: str) -> TaskFit | None:
         """What `ttt_vllm` reports of the task's training; None where there is nothing."""
@@ -205,7 +246,7 @@ class Run:
         if not math.isfinite(value):
             raise ReportError(
                 f"{self.path}: the {metric.name} of {name} is {value}, which cannot be compared; "
-                f"look for what went wrong in that run"
+                f"look for what went wrong in that run."
             )
         higher = _dict(_dict(self.raw.get("higher_is_better")).get(name)).get(metric.name, True)
         return Score(value, _number(entry.get(f"{metric.name}_stderr,{metric.filter}")), higher is not False)
@@ -229,7 +270,7 @@ class Run:
         found = []
         for number, line in enumerate(lines, 1):
             if not isinstance(line, dict) or "doc_id" not in line:
-                raise ReportError(f"{where}, line {number}: not a sample of lm-eval (no doc_id); run it again")
+                raise ReportError(f"{where}, line {number}: not a sample of lm-eval (no doc_id); run it again.")
             if line.get("filter", "none") == filter_name:
                 found.append(_sample(line))
         return found
@@ -258,9 +299,9 @@ def read_run(path: Path) -> Run:
     raw = _load(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
         hint = " (it holds samples; give the results_ file beside it)" if path.name.startswith("samples_") else ""
-        raise ReportError(f"{path} is not a results file of lm-eval: it has no 'results'{hint}")
+        raise ReportError(f"{path} is not a results file of lm-eval: it has no 'results'{hint}.")
     if not all(isinstance(entry, dict) for entry in raw["results"].values()):
-        raise ReportError(f"{path} is not a results file of lm-eval: its 'results' are not one table per task")
+        raise ReportError(f"{path} is not a results file of lm-eval: its 'results' are not one table per task.")
     run = Run(path, raw, _samples_files(path, list(raw["results"])))
     if not run.tasks:
         raise ReportError(f"{path} holds no scored task; did that lm_eval run end early?")
@@ -278,12 +319,12 @@ def same_run(one: Run, two: Run) -> bool:
 def _results_files(path: Path) -> list[Path]:
     """The results files under a path, oldest first (by the date in the name, else by file time)."""
     if not path.exists():
-        raise ReportError(f"{path} does not exist; give a results file of lm-eval, or the folder it was written to")
+        raise ReportError(f"{path} does not exist; give a results file of lm-eval, or the folder it was written to.")
     if not path.is_dir():
         return [path]
     files = [f for f in path.rglob("*.json") if f.name.startswith("results") or _DATE.search(f.name)]
     if not files:
-        raise ReportError(f"{path} holds no results file (results_<date>.json); run lm_eval with --output_path {path}")
+        raise ReportError(f"{path} holds no results file (results_<date>.json); run lm_eval with --output_path {path}.")
     return sorted(files, key=lambda f: (_date_in(f) or "", f.stat().st_mtime, str(f)))
 
 
@@ -322,14 +363,14 @@ def _load(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         if path.name.startswith("samples_") and path.suffix == ".jsonl":
-            raise ReportError(f"{path} holds samples; give the results_ file beside it") from error
+            raise ReportError(f"{path} holds samples; give the results_ file beside it.") from error
         raise ReportError(
-            f"{path} is not complete JSON (line {error.lineno}: {error.msg}); it was cut off, or is no results file"
+            f"{path} is not complete JSON (line {error.lineno}: {error.msg}); it was cut off, or is no results file."
         ) from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ReportError(f"{path} is not a results file of lm-eval: it is not JSON text") from error
+        raise ReportError(f"{path} is not a results file of lm-eval: it is not JSON text.") from error
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
@@ -343,12 +384,12 @@ def _json_lines(path: Path) -> Iterator[Any]:
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise ReportError(
                             f"{path}, line {number}: not complete JSON; the file was cut off, so run it again or "
-                            f"delete it to compare without samples"
+                            f"delete it to compare without samples."
                         ) from error
     except UnicodeDecodeError as error:
-        raise ReportError(f"{path} is not UTF-8 text; it was damaged, so run it again") from error
+        raise ReportError(f"{path} is not UTF-8 text; it was damaged, so run it again.") from error
     except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _sample(line: dict[str, Any]) -> Sample:

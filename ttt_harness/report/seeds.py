@@ -26,7 +26,7 @@ class SeedsRun(Run):
     @cached_property
     def seeds(self) -> str:
         """The seeds in rising order, "42, 43"."""
-        return ", ".join(str(_seed(run)) for run in self.runs)
+        return ", ".join(str(run.seed) for run in self.runs)
 
     def metadata(self, task: str, key: str) -> Any:
         """As of one run; all seeds for `seed`."""
@@ -62,7 +62,7 @@ class SeedsRun(Run):
             for run in self.runs:
                 again: Counter[str] = Counter()  # a task may hold a question twice
                 for sample in run.samples(task, filter_name):
-                    asked[sample.doc_hash, again[sample.doc_hash]][_seed(run)] = sample
+                    asked[sample.doc_hash, again[sample.doc_hash]][run.seed] = sample
                     again[sample.doc_hash] += 1
             self._kept[task, filter_name] = [_mean(number, by_seed) for number, by_seed in enumerate(asked.values())]
         return self._kept[task, filter_name]
@@ -73,28 +73,17 @@ def find_compared(given: str | Path) -> tuple[Run, list[str]]:
     newest, remarks = find_run(given)
     if not remarks:  # the only one
         return newest, remarks
-    by_seed = {_seed(run): run for run in find_runs(given)}  # the newest of each seed
-    runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
-    if len(runs) < 2 or len({_told(run) for run in runs}) > 1:
+    found = find_runs(given)
+    by_seed = {run.seed: run for run in found}  # the newest of each seed
+    if len(by_seed) < 2 or any(run.setup != newest.setup for run in found):
         return newest, remarks
+    runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
     last = runs[-1]
     results = {task: last.raw["results"][task] for task in last.tasks}
     hashes = {task: [(run.raw.get("task_hashes") or {}).get(task) for run in runs] for task in last.tasks}
     raw = {**last.raw, "results": results, "group_subtasks": {}, "task_hashes": hashes}
     run = SeedsRun(Path(given), raw, {}, runs=runs)
     return run, [f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
-
-
-def _seed(run: Run) -> Any:
-    return run.metadata(run.tasks[0], "seed")
-
-
-def _told(run: Run) -> tuple[str, ...]:
-    """What runs have to have in common to differ in the seed alone."""
-    settings = {name: value for name, value in run.settings.items() if name != "seed"}
-    shots = [run.shots(task) for task in run.tasks]
-    limit = run.config.get("limit")
-    return tuple(map(str, (run.model, run.source, run.method, run.tasks, sorted(settings.items()), shots, limit)))
 
 
 def _mean(number: int, by_seed: dict[Any, Sample]) -> Sample:

@@ -10,14 +10,15 @@ import io
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ttt_harness.errors import ReportError
 from ttt_harness.report import published
-from ttt_harness.report.compare import MEAN_ROW, choose_metric, task_prefix
+from ttt_harness.report.compare import MEAN_ROW, choose_metric, some, task_prefix
 from ttt_harness.report.results import Metric, Run, find_runs
 
 SCHEMA = "ttt-harness.summary/1"
@@ -108,27 +109,30 @@ def _finished(path: Path) -> list[Path]:
 
 
 def summarize(runs: Sequence[Run]) -> Summary:
-    """Means over the seeds of each method. Of two runs of one method and seed the newer counts, and a remark says so.
+    """Means over the seeds of each method. Of two runs alike the newer counts, and a remark says so.
 
     Raises:
-        ReportError: there is no run.
+        ReportError: there is no run, or they are of several sweeps.
     """
     if not runs:
-        raise ReportError("no finished run to summarize")
-    by_method: dict[str, dict[Any, Run]] = defaultdict(dict)
-    remarks = []
+        raise ReportError("there is no finished run to summarize.")
+    found: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.date or 0):
-        method, seed = method_of(run), _seed(run)
-        if seed in by_method[method]:
-            remarks.append(f"{method}, seed {seed}: {run.path} counts, older results of the same are left out.")
-        by_method[method][seed] = run
+        found[run.method][run.seed].append(run)
+    _refuse_several_sweeps(found)
+    by_method: dict[str, dict[Any, Run]] = {}
     lines: list[Line] = []
+    remarks = []
     order = list(PUBLISHED)
-    methods = sorted(by_method, key=lambda name: (order.index(name) if name in order else len(order), name))
+    methods = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     for method in methods:
-        by_seed = dict(sorted(by_method[method].items(), key=lambda item: str(item[0])))
-        lines += _lines(method, by_seed)
-        remarks += _differences(method, by_seed)
+        by_method[method] = {}
+        for seed, same in sorted(found[method].items(), key=lambda item: str(item[0])):
+            newest = by_method[method][seed] = same[-1]
+            if len(same) > 1:
+                remarks.append(f"{method}, seed {seed}: {newest.path} counts, older results of the same are left out.")
+        lines += _lines(method, by_method[method])
+        remarks += [f"{method}: the seeds differ in {what}." for what in _differences(by_method[method].values())]
     chosen = [run for by_seed in by_method.values() for run in by_seed.values()]
     seeds = {method: frozenset(by_method[method]) for method in methods}
     if len(set(seeds.values())) > 1:
@@ -137,44 +141,22 @@ def summarize(runs: Sequence[Run]) -> Summary:
     if any(line.published is not None for line in lines):
         tasks = [task for run in chosen for task in run.tasks if task.startswith(published.TASK_PREFIX)]
         remarks.append(f"Published: {published.source()}.")
-        model_runs = [run for run in chosen if method_of(run) != "random"]
+        model_runs = [run for run in chosen if run.method != "random"]
         differs = published.differences(model_runs, list(dict.fromkeys(tasks))) if model_runs else ""
         remarks += [f"Here instead: {differs}."] if differs else []
     return Summary(tuple(lines), tuple(dict.fromkeys(remarks)))
-
-
-def method_of(run: Run) -> str:
-    """The published setting that a run is one of, by its results file; for other models what `Run.method` says."""
-    settings, method = run.settings, run.settings.get("method")
-    if method is None:
-        return run.method
-    votes = any((run.metadata(task, "vote_permutations") or 1) > 1 for task in run.tasks)
-    left_out = any(run.metadata(task, "leave_one_out") for task in run.tasks)
-    if method == "icl" and {run.shots(task) for task in run.tasks} == {0}:
-        return "zero_shot"
-    name = str(method)
-    if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
-        name += f"_loss_{settings['loss_on']}"
-    if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
-        name += "_no_shuffle"
-    return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
-
-
-def _seed(run: Run) -> Any:
-    return next((seed for task in run.tasks if (seed := run.metadata(task, "seed")) is not None), None)
 
 
 def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
     """A line per group and task; without a group, one for the plain mean of the tasks in its place."""
     runs = list(by_seed.values())
     groups = list(dict.fromkeys(group for run in runs for group in run.groups if group in run.raw["results"]))
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    tasks = runs[0].tasks
     lines = [line for name in (*groups, *tasks) if (line := _line(method, name, by_seed))]
-    whole = {seed: run for seed, run in by_seed.items() if set(run.tasks) == set(tasks)}
     scored = [line for line in lines if line.level == "task"]
-    if not groups and whole and len(scored) > 1 and len({line.metric for line in scored}) == 1:
+    if not groups and len(scored) > 1 and len({line.metric for line in scored}) == 1:
         metric = scored[0].metric
-        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in whole.values()]
+        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in runs]
         mean = Line(
             method=method,
             name=MEAN_ROW,
@@ -182,7 +164,7 @@ def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
             metric=metric,
             mean=statistics.fmean(means),
             sd=statistics.stdev(means) if len(means) > 1 else None,
-            seeds=tuple(whole),
+            seeds=tuple(by_seed),
             published=_mean([line.published for line in scored]),
             expected=_mean([line.expected for line in scored]),
         )
@@ -240,14 +222,38 @@ def _published(method: str, name: str) -> float | None:
     return score / 100 if name.startswith(published.TASK_PREFIX) and score is not None else None
 
 
-def _differences(method: str, by_seed: dict[Any, Run]) -> Iterable[str]:
-    """What else than the seed differs between the runs of one method."""
-    known = [{**run.settings, "limit": run.config.get("limit"), "model": run.model} for run in by_seed.values()]
-    keys = dict.fromkeys(key for settings in known for key in settings if key != "seed")
-    for key in keys:
-        values = list(dict.fromkeys(str(settings.get(key)) for settings in known))
-        if len(values) > 1:
-            yield f"{method}: the seeds differ in {key} ({', '.join(values)})."
+def _refuse_several_sweeps(found: Mapping[str, Mapping[Any, Sequence[Run]]]) -> None:
+    """Raise ReportError where a table would mix runs of other questions or models, or leave out runs of other settings.
+
+    found: method -> seed -> runs.
+    """
+    of_method = {method: list(chain(*by_seed.values())) for method, by_seed in found.items()}
+    with_model = chain(*(runs for method, runs in of_method.items() if method != "random"))
+    what = {"": _differences(with_model, ["model"]) + _differences(chain(*of_method.values()), ["limit"])}
+    what |= {f" of {method}": _differences(runs, ["tasks"]) for method, runs in of_method.items()}
+    what |= {
+        f" of {method}, seed {seed},": _differences(same)
+        for method, by_seed in found.items()
+        for seed, same in by_seed.items()
+    }
+    for whose, differences in what.items():
+        if differences:
+            raise ReportError(
+                f"the runs{whose} differ in {', '.join(differences)}, and a summary is of one sweep; give each sweep's "
+                "folder, or results file, on its own."
+            )
+
+
+def _differences(runs: Iterable[Run], keys: Sequence[str] = ()) -> list[str]:
+    """What differs between the setups of the runs, "lr (0.0001, 0.001)"; of `keys` alone, where they are given."""
+    setups = [run.setup for run in runs]
+    found = []
+    for key in keys or dict.fromkeys(key for setup in setups for key in setup):
+        values = [setup.get(key) for setup in setups]
+        if any(value != values[0] for value in values):
+            shown = ["not given" if v is None else some(v, 1) if isinstance(v, list) else str(v) for v in values]
+            found.append(f"{key} ({', '.join(dict.fromkeys(shown))})")
+    return found
 
 
 def records(summary: Summary) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 lm-eval writes its results bit by bit into `seed<N>.partial` beside it; that folder is renamed when all of it is there.
 `cell.json` in it states the lm_eval call, so that a cell is known to be done with the same options and not with others.
-`seed<N>.failed` holds the reason for which the cell failed the last time.
+`seed<N>.failed` holds the reason for which the cell failed the last time. `DIR/grid.json` lists the cells of the last
+sweep in one process, so that those that it has not come to are known as well.
 """
 
 import json
@@ -21,6 +22,7 @@ RECORD = "cell.json"
 PARTIAL = ".partial"
 FAILED = ".failed"
 LOCK = ".sweep.lock"
+GRID = "grid.json"
 
 # Options that change no result. Those of the loggers may also hold passwords, which have no place in a record.
 _NOT_RECORDED = {
@@ -153,6 +155,20 @@ def _locked_cell(folder: Path) -> Iterator[None]:
         if folder.exists():
             raise TTTError(f"another job has written {folder} meanwhile.")
         yield
+
+
+def note_grid(cells: Sequence[Cell], root: Path) -> None:
+    """Keep the methods and seeds of a sweep that is about to run its cells."""
+    with suppress(OSError):  # only `--status` misses it
+        (root / GRID).write_text(json.dumps([[cell.method, cell.seed] for cell in cells]) + "\n", encoding="utf-8")
+
+
+def noted_grid(root: Path) -> list[tuple[str, int]]:
+    """Method and seed of each cell of the last sweep that ran in one process; empty where there was none."""
+    try:
+        return [(method, seed) for method, seed in json.loads((root / GRID).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def is_partial(cell: Cell, root: Path) -> bool:

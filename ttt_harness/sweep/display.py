@@ -88,15 +88,16 @@ class SweepDisplay(Display):
 
     def _show(self, share: float, what: str, *, line: bool) -> None:
         left = self._left(time.monotonic())
-        told = "" if left is None else f"about {duration(left)} left"
+        # no time is told for a last cell that takes longer than others did
+        told = f"about {duration(left)} left" if left is not None and left >= 1 else ""
         position = f"{self._first + self._finished + 1}/{self._total}"
         if self.bars:
             at = self._first + self._finished + share
             self.bars.update(self._cells, completed=at, description=f"cell {position}: {self._name}", left=told)
             self.bars.update(self._within, completed=share, description=what, left="")
         elif self.due(line):
-            told = f" ({share:.0%} of this cell{', ' + told if told else ''})"
-            self.print(f"[cell {position}] {self._name}: {what}{told}")
+            of_all = f"cell {position}, {told}" if told else f"cell {position}"
+            self.print(f"[{of_all}] {self._name}: {what} ({share:.0%} of this cell)")
 
     def _left(self, now: float) -> float | None:
         """Time left: all cells that are not over, less what the current one has had."""

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import logging
+import math
 import os
 import sys
 import traceback
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ttt_harness.config import nearest
+from ttt_harness.config import nearest, quoted
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.harness.progress import showing
 from ttt_harness.sweep import slurm
-from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, written
+from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, note_grid, written
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
 
@@ -90,10 +91,12 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging, simple_parse_args_string
 
-    setup_logging(logging.ERROR)  # one display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back
     parser = argparse.ArgumentParser(prog="ttt-harness sweep")
     Run.create(parser.add_subparsers())
     parsed, unknown = parser.parse_known_args(["run", *options])
+    # One display; LMEVAL_LOG_LEVEL, which lm-eval reads here, brings the rest back. Not before lm-eval has parsed the
+    # options: it warns of one that is given twice.
+    setup_logging(logging.ERROR)
     if unknown:
         raise ConfigError(f"{' '.join(unknown)} is no option of this command or of lm_eval run; see --help of both.")
     given = vars(parsed)
@@ -115,6 +118,12 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
     for key, example in {"tasks": "bbh_ttt", "output_path": "results"}.items():
         if not call.get(key):
             raise ConfigError(f"{key} is missing: give one with --{key}, e.g. --{key} {example}.")
+    limit = call.get("limit")
+    if limit is not None and not (type(limit) in (int, float) and 0 < limit < math.inf):
+        raise ConfigError(
+            f"--limit {quoted(limit)} is not allowed: it must be a number of questions, at least 1, or a share of "
+            "them between 0 and 1; leave it out for all of them."
+        )
     if call.get("use_cache"):
         raise ConfigError(
             "--use_cache is not allowed in a sweep: lm-eval's cache knows an answer by its prompt, not by the method "
@@ -149,6 +158,8 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
             stack.enter_context(one_task_index())
             stack.enter_context(_no_bars())
             _check(todo, root)
+            if not logs:  # SLURM's record has the cells of a job
+                note_grid(cells, root)
         display = stack.enter_context(SweepDisplay([cell.method for cell in todo], fits, skipped))
         if execute is None:
             execute = run_lm_eval
@@ -167,7 +178,8 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
     for name, reason in failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     done = len(cells) - len(failed)
-    print(f"{done} of {len(cells)} cells are in {root}; `ttt-harness summary {root}` shows them.", file=sys.stderr)
+    told = f"{done} of {len(cells)} cells are in {root}; `ttt-harness summary {root}` shows them."
+    print(told if done else "No cell was finished.", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.locks import is_locked
 from ttt_harness.serving.environment import environment_as_given
-from ttt_harness.sweep.cells import LOCK, RECORD, failure, is_done, is_partial, locked
+from ttt_harness.sweep.cells import LOCK, RECORD, failure, is_done, is_partial, locked, noted_grid
 from ttt_harness.sweep.grid import Cell
 
 FOLDER = "slurm"
@@ -252,7 +252,7 @@ class Row:
 
 
 def status(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> int:
-    """Print the state of each cell that has been run or submitted, and of those of the grid, if it is given.
+    """Print the state of each cell of the last grid, of those that ran or were submitted before, and of those given.
 
     Raises:
         ConfigError: there is no such folder.
@@ -272,12 +272,12 @@ def status(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> int:
 
 
 def _rows(root: Path, cells: Iterable[Cell]) -> list[Row]:
-    """One row for each cell that is given, submitted, or has left something in the folder."""
+    """One row for each cell that is given, in the last grid, submitted, or has left something in the folder."""
     jobs: dict[tuple[str, int], str] = {}
     for file in sorted((root / FOLDER).glob("*.json"), key=lambda file: file.stat().st_mtime):
         for job, its_cells in json.loads(file.read_text(encoding="utf-8")).items():
             jobs |= dict.fromkeys(map(tuple, its_cells), job)  # the newest job of a cell counts
-    names = dict.fromkeys([*((cell.method, cell.seed) for cell in cells), *jobs])
+    names = dict.fromkeys([*((cell.method, cell.seed) for cell in cells), *noted_grid(root), *jobs])
     for path in sorted(root.glob("*/seed*")):
         if match := re.fullmatch(r"seed(\d+)(\.partial|\.failed)?", path.name):
             names[path.parent.name, int(match[1])] = None
@@ -327,7 +327,7 @@ def _states(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ConfigError(f"SLURM does not answer ({command[0]}: {type(error).__name__}).") from None
         if told.returncode and command is squeue:
-            raise ConfigError(f"SLURM does not answer: {' '.join(told.stderr.split()) or 'squeue failed'}")
+            raise ConfigError(f"SLURM does not answer: {' '.join(told.stderr.split()) or 'squeue failed'}.")
         for line in told.stdout.splitlines():
             job, state, reason = [*line.split("|"), "", ""][:3]
             states.setdefault(job, (state.split()[0] if state else "", reason))
