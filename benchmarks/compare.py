@@ -38,6 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {"default": {}, "max_loras=4": {"max_loras"
 GPU_ENGINES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "fp8 base weights": {"quantization": "fp8"},
+    "graphs, not compiled": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "vLLM's own graphs": {"cudagraph_capture_sizes": None, "compilation_config": {}},
     "vLLM's own batch size": {"max_num_seqs": None},
 }
@@ -417,7 +418,8 @@ class Benchmark:
     def _fits(self, folder: Path) -> dict[str, Any]:
         work = self.compared
         # The first one of a process is slow, and not counted.
-        done = self._make_fits(folder / "fits", [work[0].sequences, *(task.sequences for task in work)])
+        fitted = [work[0].sequences, *(task.sequences for task in work)]
+        done = self._make_fits(folder / "fits", fitted, self._engine()["max_model_len"])
         return {
             "tasks": {
                 task.name: {
@@ -434,7 +436,7 @@ class Benchmark:
         longest = max(len(sequence.tokens) for sequence in sequences)
         return {**self._make_fits(folder / name, [sequences]), "tokens": longest}
 
-    def _make_fits(self, folder: Path, work: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    def _make_fits(self, folder: Path, work: Sequence[Sequence[Any]], beside: int | None = None) -> dict[str, Any]:
         return fits.make(
             work,
             folder,
@@ -442,5 +444,6 @@ class Benchmark:
             config=self.config,
             dtype=self.dtype,
             device=self.device,
+            beside=beside,
             limit=self.settings.stage_limit,
         )

@@ -28,9 +28,13 @@ def make(
     config: TTTConfig,
     dtype: str,
     device: str,
+    beside: int | None,
     limit: float,
 ) -> dict[str, Any]:
     """Fit an adapter on each of `fits`, one epoch, one after the other.
+
+    Args:
+        beside: tokens that a sequence may have in the engine that the trainer leaves room for on a GPU; None for none.
 
     Returns:
         `seconds` of each fit, `peak_bytes` of all, `base_bytes` of the base weights, and `limit_bytes`, the promise.
@@ -45,6 +49,7 @@ def make(
         "device": device,
         "lora": {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout},
         "batch_size": config.fit_batch_size,
+        "beside": beside,
         "fits": [[[list(sequence.tokens), list(sequence.labelled)] for sequence in fit] for fit in fits],
     }
     (folder / "order.json").write_text(json.dumps(order))
@@ -71,20 +76,26 @@ def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[Tra
 def _make(order: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from ttt_harness.serving.memory import Sizes, gpu_budget, plan_memory
     from ttt_harness.training.checkpoint import ModelShape, read_config
     from ttt_harness.training.trainer import Trainer
 
     idle = resident("VmRSS")
+    cuda = order["device"] == "cuda"
     model_dir = Path(order["model_dir"])
     shape = ModelShape.from_config(read_config(model_dir), where=str(model_dir))
     dtype = getattr(torch, order["dtype"])
-    trainer = Trainer(model_dir, shape, **order["lora"], dtype=dtype, device=order["device"])
+    share: dict[str, int] = {}
+    if cuda and order["beside"]:
+        sizes = Sizes.of(shape, order["lora"]["rank"], dtype)
+        if plan := plan_memory(gpu_budget(0.9), sizes, [order["beside"]]):
+            share = {"activation_bytes": plan.activations, "memory_bytes": plan.trainer}
+    trainer = Trainer(model_dir, shape, **order["lora"], dtype=dtype, device=order["device"], **share)
     seconds = []
     for fit in order["fits"]:
         sequences = [TrainingSequence(tuple(tokens), tuple(labelled)) for tokens, labelled in fit]
         result = trainer.fit(sequences, batch_size=order["batch_size"], epochs=1, lr=1e-4, warmup_ratio=0.0, seed=0)
         seconds.append(result.seconds)
-    cuda = order["device"] == "cuda"
     base = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if not p.requires_grad)
     return {
         "seconds": seconds,

@@ -37,7 +37,15 @@ from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.harness.progress import RunProgress
 from ttt_harness.harness.task import has_support_set, support_set_of
 from ttt_harness.serving.engine import default_engine_args, shared_engine
-from ttt_harness.serving.memory import GIB, MemoryPlan, Sizes, gpu_memory, plan_memory
+from ttt_harness.serving.memory import (
+    GIB,
+    MemoryPlan,
+    Sizes,
+    gpu_budget,
+    gpu_memory,
+    plan_memory,
+    possible_contexts,
+)
 from ttt_harness.training.checkpoint import ModelShape, read_config
 from ttt_harness.training.trainer import FitResult, release_trainer, shared_trainer
 
@@ -45,9 +53,6 @@ from ttt_harness.training.trainer import FitResult, release_trainer, shared_trai
 FIT_VERSION = 4
 # A token that is trained on costs about as much as this many that are only read (forward, and half of backward).
 FIT_COST = 2.5
-
-# Where a GPU cannot hold the keys and values of a model's whole context window, the longest of these that it holds.
-CONTEXTS = (65536, 32768, 16384, 8192, 4096, 2048)
 
 # For the time left only: the prefix cache spares most of a prompt, so 40 characters of it cost about one token.
 CHARACTERS_PER_TOKEN = 40
@@ -142,21 +147,17 @@ class TTTVLLM(vllm_causallms.VLLM):
         Raises:
             ModelError: not even one of them fits.
         """
-        free, total = gpu_memory()
-        budget = min(free, int(total * float(engine_args.get("gpu_memory_utilization", 0.9))))
-        width = 4 if engine_args.get("dtype") == "float32" else 2
-        shape = self._shape
-        sizes = Sizes(
-            base=shape.base_parameters * width,
-            adapter=shape.adapter_parameters(self.ttt_config.lora_rank) * width,
-            kv_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width,
-            fit_token=shape.activation_bytes_per_token(torch.float32 if width == 4 else torch.bfloat16),
+        budget = gpu_budget(float(engine_args.get("gpu_memory_utilization", 0.9)))
+        dtype = torch.float32 if engine_args.get("dtype") == "float32" else torch.bfloat16
+        length, tokens = (engine_args.get(name) for name in ("max_model_len", "max_num_batched_tokens"))
+        plan = plan_memory(
+            budget,
+            Sizes.of(self._shape, self.ttt_config.lora_rank, dtype),
+            possible_contexts(self._shape, length and int(length)),
+            tokens and int(tokens),
         )
-        asked = engine_args.get("max_model_len")
-        contexts = [int(asked)] if asked else [shape.context_length, *(c for c in CONTEXTS if c < shape.context_length)]
-        for context in contexts:
-            if plan := plan_memory(budget, sizes, context):
-                return plan, {**_engine_share(plan, total, engine_args), "max_model_len": context}
+        if plan is not None:
+            return plan, _engine_share(plan, engine_args)
         raise ModelError(
             f"{self.model_dir} needs more memory than this GPU may give ({budget / GIB:.1f} GiB), for fitting and "
             "serving in turns as well; use a smaller model, or a larger GPU or gpu_memory_utilization."
@@ -622,13 +623,15 @@ def _in_background(items: Iterable[tuple[Any, ...]], work: Callable[..., None]) 
             raise
 
 
-def _engine_share(plan: MemoryPlan, total: int, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _engine_share(plan: MemoryPlan, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's arguments under a memory plan; what the user asks for is left as it is."""
     return {
         "kv_cache_memory_bytes": plan.kv_cache,
+        "max_num_batched_tokens": plan.batch_tokens,
         **asked,
+        "max_model_len": plan.context,
         # vLLM only checks that this much is free when it starts; the cache's size is given.
-        "gpu_memory_utilization": plan.engine / total,
+        "gpu_memory_utilization": plan.engine / gpu_memory()[1],
         "enable_sleep_mode": plan.turns,
     }
 

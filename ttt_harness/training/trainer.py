@@ -37,6 +37,8 @@ from ttt_harness.training.fused import fuse
 WEIGHT_DECAY = 0.01
 # Activations may take as much memory as the base weights, and this much (bytes) in any case.
 ACTIVATION_BYTES = 528 * 2**20
+# What a process takes of a GPU beside torch's tensors, bytes: CUDA's context, and the kernels.
+CUDA_CONTEXT = 3 * 2**28
 # So many logits at a time, in float32: 64 MiB, and as much again for their gradient and their exponentials.
 LOGITS = 2**24
 
@@ -244,9 +246,10 @@ def _keep_to_share(memory_bytes: int | None) -> None:
     Batches of many lengths leave pieces of memory that fit none of the next; torch keeps those, by tens of GiB, unless
     its segments can grow. At the limit it gives back what it keeps, before it says that memory is full.
     """
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total) if memory_bytes else 1.0)
+    share = (memory_bytes - CUDA_CONTEXT) / total if memory_bytes else 1.0
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 @contextmanager
