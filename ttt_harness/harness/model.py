@@ -255,6 +255,9 @@ class TTTVLLM(vllm_causallms.VLLM):
     def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
         """Answer `requests` group by group with lm-eval's method `kind`; the answers come in the requests' order."""
         groups = self._plan(requests)
+        if self._memory is not None and not self._memory.turns:
+            # The last answers are those that no fit runs beside: the shortest.
+            groups.sort(key=lambda group: -_most_answer_tokens(requests, group))
         to_fit = {group.key: group.sequences for group in groups if group.key and self._stored(group.key) is None}
         fit_work = {key: self.fit_work(sequences) for key, sequences in to_fit.items()}
         read_work = {group.task: _characters(requests, group) / CHARACTERS_PER_TOKEN for group in groups}
@@ -651,6 +654,13 @@ def _workers(given: Any) -> int:
 
 def _characters(requests: Sequence[Instance], group: Group) -> int:
     return sum(len(requests[index].args[0]) for index in group.indices)
+
+
+def _most_answer_tokens(requests: Sequence[Instance], group: Group) -> float:
+    """What a group's answers take at most, in tokens read or generated."""
+    options = (requests[index].args[1] for index in group.indices)
+    generated = sum(given.get("max_gen_toks", 0) for given in options if isinstance(given, dict))
+    return _characters(requests, group) / CHARACTERS_PER_TOKEN + generated
 
 
 def _refuse_unknown(model_args: dict[str, Any]) -> None:
