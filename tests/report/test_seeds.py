@@ -71,6 +71,7 @@ def test_runs_of_several_methods_are_not_one(tmp_path):
         {"metadata": {"generation_budget": "published"}},
         {"model": "Llama"},
         {"ttt": ttt(["task"], method="icl", dtype="float32")},
+        {"ttt": ttt(["task"], method="icl", model_dir="/cache/snapshots/revision")},
         {"change": {"chat_template_sha": "abc"}},
     ],
 )
@@ -83,6 +84,12 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_one_anywhere(tmp_path, o
     for folder, methods in (("one", 1), ("two", 2)):
         runs = find_runs(tmp_path / folder)
         assert len(group_by_seed(runs, runs[0], {})[0]) == methods
+
+
+def test_seeds_of_machines_that_keep_the_model_elsewhere_are_one(tmp_path):
+    for seed, cache in ((42, "/home/me"), (43, "/scratch")):
+        write(tmp_path, SCORES, seeds=(seed,), ttt=ttt(["task"], model_dir=f"{cache}/snapshots/revision"))
+    assert "seeds 42, 43" in find_compared(tmp_path)[1][0]
 
 
 def test_a_folder_with_other_methods_of_the_same_seeds_is_not_one(tmp_path):

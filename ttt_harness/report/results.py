@@ -187,7 +187,9 @@ class Run:
             # lm-eval makes up a name where no model is given
             "model": None if self.method == "random" else self.model,
             "limit": int(limit) if limit is not None and limit.is_integer() else limit,
-            **{key: value for key, value in self.settings.items() if key not in ("method", "seed")},
+            **{key: value for key, value in self.settings.items() if key not in ("method", "seed", "model_dir")},
+            # not where a machine keeps the model, but which revision
+            "weights": Path(str(self.settings.get("model_dir", ""))).name or None,
             "shots": of_tasks([self.shots(task) for task in tasks]),
             **{key: of_tasks([self.metadata(task, key) for task in tasks]) for key in _OF_TASKS},
             "chat_template_sha": self.raw.get("chat_template_sha"),
