@@ -1,7 +1,9 @@
-"""What vLLM says where it refuses something is quoted as one whole sentence."""
+"""What is refused of the engine's arguments is said in one sentence, vLLM's own words among them."""
 
 import pytest
 
+from ttt_harness.errors import ConfigError
+from ttt_harness.harness.model import _share_of_gpu, _tokens
 from ttt_harness.serving.engine import _reason
 
 # of multiprocessing, where a script without `if __name__ == "__main__":` starts an engine in a process of its own
@@ -34,3 +36,20 @@ def test_a_long_message_is_cut_between_words():
     reason = _reason(ValueError("word " * 200))
     assert len(reason) <= 300
     assert reason.endswith(" word [...]")
+
+
+@pytest.mark.parametrize("given", ["much", "", 0, -0.5, 1.5, float("nan"), [0.5]])
+def test_a_share_of_the_gpu_is_refused(given):
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=.* above 0 and at most 1\.$"):
+        _share_of_gpu(given)
+
+
+@pytest.mark.parametrize("given", ["8k", 0, -1, 2.5, True])
+def test_a_number_of_tokens_is_refused(given):
+    with pytest.raises(ConfigError, match=r"max_model_len=.* whole number of tokens, at least 1\.$"):
+        _tokens({"max_model_len": given}, "max_model_len")
+
+
+def test_what_is_allowed_is_taken():
+    assert [_share_of_gpu(given) for given in (None, 1, "0.3")] == [0.9, 1.0, 0.3]
+    assert [_tokens({"max_model_len": given}, "max_model_len") for given in (None, 8192, "8192")] == [None, 8192, 8192]

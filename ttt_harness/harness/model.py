@@ -147,14 +147,13 @@ class TTTVLLM(vllm_causallms.VLLM):
         Raises:
             ModelError: not even one of them fits.
         """
-        budget = gpu_budget(float(engine_args.get("gpu_memory_utilization", 0.9)))
+        budget = gpu_budget(_share_of_gpu(engine_args.get("gpu_memory_utilization")))
         dtype = torch.float32 if engine_args.get("dtype") == "float32" else torch.bfloat16
-        length, tokens = (engine_args.get(name) for name in ("max_model_len", "max_num_batched_tokens"))
         plan = plan_memory(
             budget,
             Sizes.of(self._shape, self.ttt_config.lora_rank, dtype),
-            possible_contexts(self._shape, length and int(length)),
-            tokens and int(tokens),
+            possible_contexts(self._shape, _tokens(engine_args, "max_model_len")),
+            _tokens(engine_args, "max_num_batched_tokens"),
         )
         if plan is not None:
             return plan, _engine_share(plan, engine_args)
@@ -637,6 +636,33 @@ def _engine_share(plan: MemoryPlan, asked: Mapping[str, Any]) -> dict[str, Any]:
         "gpu_memory_utilization": plan.engine / gpu_memory()[1],
         "enable_sleep_mode": plan.turns,
     }
+
+
+def _share_of_gpu(given: Any) -> float:
+    try:
+        share = 0.9 if given is None else float(given)  # vLLM's default
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization={quoted(given)} is not allowed: it is a share of the GPU's memory, above 0 and at "
+            "most 1."
+        )
+    return share
+
+
+def _tokens(engine_args: Mapping[str, Any], name: str) -> int | None:
+    """A number of tokens that the user gives the engine; None where there is none."""
+    given = engine_args.get(name)
+    if given is None:
+        return None
+    try:
+        tokens = int(str(given))  # int() alone takes 2.5 for 2
+    except ValueError:
+        tokens = 0
+    if tokens < 1:
+        raise ConfigError(f"{name}={quoted(given)} is not allowed: it is a whole number of tokens, at least 1.")
+    return tokens
 
 
 def _workers(given: Any) -> int:
