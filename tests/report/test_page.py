@@ -12,6 +12,7 @@ from runs import ttt, write_run
 
 from ttt_harness.errors import ReportError
 from ttt_harness.report import cli
+from ttt_harness.report.methods import costs, group_by_seed
 from ttt_harness.report.page import build_page, embeddable
 from ttt_harness.report.questions import shared_start
 from ttt_harness.report.results import find_runs, read_run
@@ -54,6 +55,17 @@ def write_runs(folder, methods=("ttt",), seeds=(42,), **options):
 
 def page_data(html):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_an_adapter_that_tasks_share_costs_its_fit_once(tmp_path):
+    fits = ttt(list(TASKS), method="shared_ttt")
+    for i, fit in enumerate(fits["tasks"].values()):
+        fit |= {"adapter": "/cache/shared", "reused": i > 0, "fit_seconds": 20.0, "train_tokens": 900}
+    write_run(tmp_path, {task: bits(n, n) for task, n in TASKS.items()}, source="ttt_vllm", ttt=fits)
+    runs = find_runs(tmp_path)
+    (cost,) = costs(group_by_seed(runs, runs[0], {})[0])
+    assert (cost["fit"], cost["tokens"], cost["fits"], cost["reused"]) == (20.0, 900.0, 1, 0)
+    assert cost["generate"] == pytest.approx(sum(fit["generate_seconds"] for fit in fits["tasks"].values()))
 
 
 def test_page_is_one_file_without_links(tmp_path):

@@ -233,7 +233,9 @@ def costs(methods: Sequence[Method]) -> list[dict[str, Any]]:
     found = []
     for method in methods:
         runs = list(method.runs.values())
-        fits = [[fit for task in run.tasks if (fit := run.fit(task))] for run in runs]
+        answered = [[fit for task in run.tasks if (fit := run.fit(task))] for run in runs]
+        # an adapter that tasks share is fitted once
+        fits = [list({fit.adapter or id(fit): fit for fit in reversed(of_run)}.values()) for of_run in answered]
 
         def mean(values: Iterable[float | None]) -> float | None:
             known = [value for value in values if value is not None]
@@ -246,7 +248,8 @@ def costs(methods: Sequence[Method]) -> list[dict[str, Any]]:
                 sums.append(float(sum(known)) if known else None)
             return mean(sums)
 
-        training, generate, whole = total("fit_seconds"), total("generate_seconds"), mean(run.seconds for run in runs)
+        training, generate = total("fit_seconds"), total("generate_seconds", answered)
+        whole = mean(run.seconds for run in runs)
         tokens = total("train_tokens")
         staged = (training or 0) + (generate or 0)
         if whole is not None:
