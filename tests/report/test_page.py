@@ -68,6 +68,23 @@ def test_an_adapter_that_tasks_share_costs_its_fit_once(tmp_path):
     assert cost["generate"] == pytest.approx(sum(fit["generate_seconds"] for fit in fits["tasks"].values()))
 
 
+def test_fits_of_earlier_runs_cost_this_one_nothing(tmp_path):
+    fits = ttt(list(TASKS))
+    for fit in fits["tasks"].values():
+        fit["reused"] = True
+    write_run(tmp_path, {task: bits(n, n) for task, n in TASKS.items()}, source="ttt_vllm", ttt=fits)
+    runs = find_runs(tmp_path)
+    (cost,) = costs(group_by_seed(runs, runs[0], {})[0])
+    assert (cost["fit"], cost["tokens"], cost["fits"], cost["reused"]) == (None, None, 3, 3)
+
+
+def test_an_unknown_metric_is_refused(tmp_path, capsys):
+    write_runs(tmp_path / "runs")
+    assert cli.main(["report", str(tmp_path / "runs"), "--metric", "foo", "-o", str(tmp_path / "page.html")]) == 1
+    assert "no run has the metric foo; choose from acc" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_page_is_one_file_without_links(tmp_path):
     write_runs(tmp_path)
     html = build_page(find_runs(tmp_path))

@@ -1,11 +1,13 @@
 """Runs with several seeds are compared as one: a mean over the seeds for each question."""
 
+import statistics
+
 import pytest
 
 from tests.report.runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import compare_runs
-from ttt_harness.report.methods import group_by_seed
+from ttt_harness.report.methods import group_by_seed, lines_of_one
 from ttt_harness.report.results import find_run, find_runs
 from ttt_harness.report.seeds import find_compared
 
@@ -111,3 +113,19 @@ def test_without_samples_the_runs_scores_are_averaged(tmp_path):
     (row,) = compare_runs(base, [other]).others[0].rows
     assert not row.paired
     assert row.difference.value == pytest.approx(3 / 12)
+    assert row.n == 6  # the seeds ask the same questions, which are no more for being asked again
+    single = find_run(tmp_path / "icl" / "seed42")[0]
+    metric = single.metrics("task")[0]
+    assert base.score("task", metric).stderr >= 0.9 * single.score("task", metric).stderr
+
+
+def test_a_single_methods_scores_are_means_over_its_seeds(tmp_path):
+    write(tmp_path, BETTER)
+    runs = find_runs(tmp_path)
+    (method,), _ = group_by_seed(runs, runs[0], {})
+    (line,) = [line for line in lines_of_one(method, None) if line.name == "task"]
+    means = [sum(scores) / len(scores) for scores in BETTER.values()]
+    assert line.seeds == 2
+    assert line.base[0] == pytest.approx(statistics.fmean(means))
+    assert line.base[2] - line.base[0] == pytest.approx(statistics.stdev(means))
+    assert line.n == 12

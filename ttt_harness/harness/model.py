@@ -122,7 +122,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
         if engine_args.get("enable_lora") and self.fit_device == "cuda" and workers == 1:
             self._memory, engine_args = self._share_gpu(engine_args)
-        # lm-eval's constructor starts an engine; ours comes in its place, and starts with the first request.
+        # lm-eval's constructor starts an engine and waits for it; ours comes in its place, and nobody waits.
         llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
         try:
             super().__init__(pretrained=str(self.model_dir), **engine_args)
@@ -152,7 +152,7 @@ class TTTVLLM(vllm_causallms.VLLM):
         plan = plan_memory(
             budget,
             Sizes.of(self._shape, self.ttt_config.lora_rank, dtype),
-            possible_contexts(self._shape, _tokens(engine_args, "max_model_len")),
+            possible_contexts(self._shape, _tokens(engine_args, "max_model_len") or _tokens(engine_args, "max_length")),
             _tokens(engine_args, "max_num_batched_tokens"),
         )
         if plan is not None:
@@ -627,10 +627,13 @@ def _in_background(items: Iterable[tuple[Any, ...]], work: Callable[..., None]) 
 
 def _engine_share(plan: MemoryPlan, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's arguments under a memory plan; what the user asks for is left as it is."""
+    steps = {"max_num_batched_tokens": max(plan.batch_tokens, int(asked.get("max_num_seqs") or 0))}
+    if asked.get("enable_chunked_prefill") is False:
+        steps = {}  # a step must then hold a whole context, which vLLM sees to
     return {
         "kv_cache_memory_bytes": plan.kv_cache,
-        "max_num_batched_tokens": plan.batch_tokens,
-        **asked,
+        **steps,
+        **{name: value for name, value in asked.items() if name != "max_length"},  # lm-eval's name for the next
         "max_model_len": plan.context,
         # vLLM only checks that this much is free when it starts; the cache's size is given.
         "gpu_memory_utilization": plan.engine / gpu_memory()[1],

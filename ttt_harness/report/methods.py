@@ -142,14 +142,16 @@ def _line(row: Row) -> Line:
     )
 
 
-def _mean_line(rows: Sequence[Row]) -> Line:
-    def spread(values: list[float]) -> Bounds:
-        mean = descriptive.fmean(values)
-        if len(values) < 2:
-            return mean, None, None
-        deviation = descriptive.stdev(values)
-        return mean, mean - deviation, mean + deviation
+def _spread(values: Sequence[float]) -> Bounds:
+    """Their mean, and one standard deviation to both sides."""
+    mean = descriptive.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    deviation = descriptive.stdev(values)
+    return mean, mean - deviation, mean + deviation
 
+
+def _mean_line(rows: Sequence[Row]) -> Line:
     def total(side: str) -> int | None:
         counts = [getattr(row, side) for row in rows]
         return None if None in counts else sum(counts)
@@ -162,9 +164,9 @@ def _mean_line(rows: Sequence[Row]) -> Line:
         share=all(map(_share, rows)),
         higher_is_better=first.base.higher_is_better,
         n=total("n"),
-        base=spread([row.base.value for row in rows]),
-        other=spread([row.other.value for row in rows]),
-        difference=spread([row.difference.value for row in rows]),
+        base=_spread([row.base.value for row in rows]),
+        other=_spread([row.other.value for row in rows]),
+        difference=_spread([row.difference.value for row in rows]),
         won=total("won"),
         lost=total("lost"),
         seeds=len(rows),
@@ -174,21 +176,28 @@ def _mean_line(rows: Sequence[Row]) -> Line:
 
 
 def lines_of_one(method: Method, metric: str | None) -> list[Line]:
-    """The scores of a single method, where there is nothing to compare it with."""
-    run = method.first
+    """The scores of a single method, where there is nothing to compare it with; their means over its seeds."""
+    run, runs = method.first, list(method.runs.values())
     found = []
     names = [*(group for group in run.groups if group in run.raw["results"]), *run.tasks]
     for name in names:
         chosen = choose_metric(run, run, name, metric)
         if chosen is None:
             continue
-        score = run.score(name, chosen)
+        scored = [other for other in runs if name in other.raw["results"] and chosen in other.metrics(name)]
+        scores = [other.score(name, chosen) for other in scored]
+        score = scores[0]
         task = name not in run.groups
-        share = score.higher_is_better and 0 <= score.value <= 1
+        share = score.higher_is_better and all(0 <= one.value <= 1 for one in scores)
         n = run.questions(name) if task else None
-        limits = score_interval(score.value, n, score.stderr, accuracy=False)
-        value: Bounds = (score.value, *(limits or (None, None)))
-        line = Line(name, "task" if task else "group", chosen, share, score.higher_is_better, n, value)
+        if len(scores) > 1:
+            value = _spread([one.value for one in scores])
+            n = None if n is None else sum(other.questions(name) or 0 for other in scored)
+        else:
+            value = (score.value, *(score_interval(score.value, n, score.stderr, accuracy=False) or (None, None)))
+        line = Line(
+            name, "task" if task else "group", chosen, share, score.higher_is_better, n, value, seeds=len(scores)
+        )
         found.append(line)
     return found
 
@@ -235,7 +244,9 @@ def costs(methods: Sequence[Method]) -> list[dict[str, Any]]:
         runs = list(method.runs.values())
         answered = [[fit for task in run.tasks if (fit := run.fit(task))] for run in runs]
         # an adapter that tasks share is fitted once
-        fits = [list({fit.adapter or id(fit): fit for fit in reversed(of_run)}.values()) for of_run in answered]
+        served = [list({fit.adapter: fit for fit in reversed(of_run) if fit.adapter}.values()) for of_run in answered]
+        # what a fit took that an earlier run made is not of this one
+        fits = [[fit for fit in of_run if not fit.reused] for of_run in served]
 
         def mean(values: Iterable[float | None]) -> float | None:
             known = [value for value in values if value is not None]
@@ -252,20 +263,18 @@ def costs(methods: Sequence[Method]) -> list[dict[str, Any]]:
         whole = mean(run.seconds for run in runs)
         tokens = total("train_tokens")
         staged = (training or 0) + (generate or 0)
-        if whole is not None:
-            whole = max(whole, staged)
         found.append(
             {
                 "label": method.label,
                 "total": whole,
                 "fit": training,
                 "generate": generate,
-                "rest": None if whole is None else whole - staged,
+                "rest": None if whole is None else max(0.0, whole - staged),  # on a GPU stages overlap
                 "tokens": tokens,
                 "sequences": total("train_sequences"),
                 "rate": tokens / training if tokens and training else None,
-                "fits": len(fits[0]) if fits else 0,
-                "reused": sum(f.reused for f in fits[0]) if fits else 0,
+                "fits": len(served[0]) if served else 0,
+                "reused": sum(fit.reused for fit in served[0]) if served else 0,
             }
         )
     return found

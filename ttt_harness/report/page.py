@@ -74,6 +74,9 @@ def build_page(
     rows = {i: figures.lines(by_seed) for i, by_seed in compared.items()}
     if not any(rows.values()):
         rows[0] = figures.lines_of_one(methods[0], metric)
+        if metric and not rows[0]:
+            offered = sorted({str(one) for task in base.tasks for one in base.metrics(task)})
+            raise ReportError(f"no run has the metric {metric}; choose from {', '.join(offered) or 'none'}.")
     prefix = task_prefix(tasks)
     data = {
         "labels": [method.label for method in methods],

@@ -33,11 +33,11 @@ class SeedsRun(Run):
         return self.seeds if key == "seed" else super().metadata(task, key)
 
     def questions(self, task: str) -> int | None:
-        """How many different questions were scored; without samples, how many in all runs."""
+        """How many different questions were scored; without samples, how many in the run with most."""
         if self.has_samples(task):
             return len(self.samples(task, self.metrics(task)[0].filter))
         counts = [run.questions(task) for run in self.runs]
-        return None if None in counts else sum(count or 0 for count in counts)
+        return None if None in counts else max(count or 0 for count in counts)
 
     def has_samples(self, task: str) -> bool:
         """Whether all runs have kept them."""
@@ -51,8 +51,9 @@ class SeedsRun(Run):
             values = [sample.values[metric.name] for sample in samples]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
             return Score(statistics.fmean(values), error, scores[0].higher_is_better)
-        errors = [score.stderr for score in scores]
-        error = None if None in errors else math.hypot(*(e or 0.0 for e in errors)) / len(scores)
+        # No smaller for more seeds: they ask the same questions, and how alike the answers are only samples tell.
+        errors = [score.stderr for score in scores if score.stderr is not None]
+        error = statistics.fmean(errors) if len(errors) == len(scores) else None
         return Score(statistics.fmean(score.value for score in scores), error, scores[0].higher_is_better)
 
     def samples(self, task: str, filter_name: str) -> list[Sample]:

@@ -5,10 +5,12 @@ at the first request, or in the background, so that what is wrong with a run is 
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import textwrap
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +27,9 @@ from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 
 from ttt_harness.errors import ModelError
+
+# How long a process that ends waits, at most, for vLLM to have processes that can be ended.
+STOP_SECONDS = 60
 
 
 def has_native_bf16() -> bool:
@@ -57,7 +62,7 @@ def default_engine_args() -> dict[str, Any]:
 
 
 class Engine:
-    """A vLLM `LLM` that is started by its first request.
+    """A vLLM `LLM` that is started by its first request, or before it in the background.
 
     Args:
         engine_args: what `LLM` takes.
@@ -104,7 +109,7 @@ class Engine:
             except BaseException as error:
                 starting.set_exception(error)
 
-        atexit.register(_kill_children, multiprocessing.active_children())
+        atexit.register(_stop_starting, starting, multiprocessing.active_children())
         threading.Thread(target=start, name="engine-start", daemon=True).start()
 
     def start(self) -> LLM:
@@ -116,7 +121,7 @@ class Engine:
         if self._starting is not None:
             starting, self._starting = self._starting, None
             self._llm = starting.result()
-            atexit.unregister(_kill_children)
+            atexit.unregister(_stop_starting)
         if self._llm is None:
             self._llm = self._start()
         if self._asleep:
@@ -172,8 +177,9 @@ class Engine:
     def close(self) -> None:
         """Stop the engine and free its memory; a later request starts it again."""
         if self.running:
+            with contextlib.suppress(ModelError):  # one that did not start has nothing to stop
+                self.start().llm_engine.engine_core.shutdown()
             atexit.unregister(_end)
-            self.start().llm_engine.engine_core.shutdown()
             self._llm = None
             cleanup_dist_env_and_memory()
 
@@ -183,11 +189,19 @@ def _end(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
-def _kill_children(others: Sequence[Any]) -> None:
-    """End the processes of an engine that is still starting: all children but those that were there before."""
-    for child in multiprocessing.active_children():
-        if child not in others:
-            child.kill()
+def _stop_starting(starting: Future[LLM], others: Sequence[Any]) -> None:
+    """End the start of an engine, with its processes as soon as there are any: all children but `others`.
+
+    Python would wait for one that comes later for ever.
+    """
+    end = time.monotonic() + STOP_SECONDS
+    while not starting.done() and time.monotonic() < end:
+        for child in multiprocessing.active_children():
+            if child not in others:
+                child.kill()
+        time.sleep(0.02)
+    if starting.done() and starting.exception() is None:
+        _end(starting.result())
 
 
 _engine: Engine | None = None
