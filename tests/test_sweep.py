@@ -214,6 +214,7 @@ class TestBadInput:
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "0"], "--limit 0 is not allowed"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit=-3"], "--limit -3 is not allowed"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "nan"], "--limit nan is not allowed"),
+            (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "1.5"], "--limit 1.5 is not allowed"),
             (["--methods", "icl", "--seeds", "42", *OPTIONS, "--limit", "inf"], "--limit inf is not allowed"),
             (["--config", "/nowhere.yaml"], "--config /nowhere.yaml cannot be read"),
         ],
@@ -345,7 +346,7 @@ class TestRun:
         run_cells(cells[:1], tmp_path, write_results)
         before = files_in(tmp_path)
         with pytest.raises(ConfigError, match=r"icl/seed42 holds results of other options \(limit not given, now 40\)"):
-            run_cells([cell_of("icl", limit=40)], tmp_path, write_results)
+            run_cells([cell_of("icl", limit=40.0)], tmp_path, write_results)
         with pytest.raises(ConfigError, match=r"\(lr not given, now 0.5\)"):
             run_cells([cell_of("icl", model_args={"pretrained": "m", "lr": 0.5})], tmp_path, write_results)
         assert files_in(tmp_path) == before

@@ -627,7 +627,8 @@ def _in_background(items: Iterable[tuple[Any, ...]], work: Callable[..., None]) 
 
 def _engine_share(plan: MemoryPlan, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's arguments under a memory plan; what the user asks for is left as it is."""
-    steps = {"max_num_batched_tokens": max(plan.batch_tokens, int(asked.get("max_num_seqs") or 0))}
+    sequences = asked.get("max_num_seqs")
+    steps = {"max_num_batched_tokens": max(plan.batch_tokens, sequences if isinstance(sequences, int) else 0)}
     if asked.get("enable_chunked_prefill") is False:
         steps = {}  # a step must then hold a whole context, which vLLM sees to
     return {

@@ -108,7 +108,8 @@ def _changed(old: Any, new: dict[str, Any]) -> str:
         return "unknown"
     flat = [_flat(old), _flat(new)]
     names = [name for name in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(name) != flat[1].get(name)]
-    shown = [f"{name} {flat[0].get(name, 'not given')}, now {flat[1].get(name, 'not given')}" for name in names[:3]]
+    values = [{name: str(one.get(name, "not given")).removesuffix(".0") for name in names} for one in flat]
+    shown = [f"{name} {values[0][name]}, now {values[1][name]}" for name in names[:3]]
     return "; ".join(shown + (["..."] if len(names) > 3 else []))
 
 

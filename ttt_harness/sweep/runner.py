@@ -119,7 +119,9 @@ def lm_eval_call(file: Call, options: Sequence[str]) -> Call:
         if not call.get(key):
             raise ConfigError(f"{key} is missing: give one with --{key}, e.g. --{key} {example}.")
     limit = call.get("limit")
-    if limit is not None and not (type(limit) in (int, float) and 0 < limit < math.inf):
+    if limit is not None and not (
+        type(limit) in (int, float) and 0 < limit < math.inf and (limit < 1 or float(limit).is_integer())
+    ):
         raise ConfigError(
             f"--limit {quoted(limit)} is not allowed: it must be a number of questions, at least 1, or a share of "
             "them between 0 and 1; leave it out for all of them."
