@@ -88,7 +88,7 @@ def _make(order: dict[str, Any]) -> dict[str, Any]:
     share: dict[str, int] = {}
     if cuda and order["beside"]:
         sizes = Sizes.of(shape, order["lora"]["rank"], dtype)
-        if plan := plan_memory(gpu_budget(0.9), sizes, [order["beside"]]):
+        if plan := plan_memory(gpu_budget(), sizes, [order["beside"]]):
             share = {"activation_bytes": plan.activations, "memory_bytes": plan.trainer}
     trainer = Trainer(model_dir, shape, **order["lora"], dtype=dtype, device=order["device"], **share)
     seconds = []

@@ -39,6 +39,7 @@ from ttt_harness.harness.task import has_support_set, support_set_of
 from ttt_harness.serving.engine import default_engine_args, shared_engine
 from ttt_harness.serving.memory import (
     GIB,
+    UTILIZATION,
     MemoryPlan,
     Sizes,
     gpu_budget,
@@ -97,7 +98,7 @@ class TTTVLLM(vllm_causallms.VLLM):
             )
         _refuse_unknown(model_args)
         self.ttt_config = config = TTTConfig.from_mapping(model_args)
-        workers = _workers(model_args.get("data_parallel_size"))
+        workers = _count(model_args, "data_parallel_size", "workers") or 1
         self.model_dir = _model_dir(str(pretrained), model_args.get("revision"))
         hf_config = read_config(self.model_dir)
         self._fits = config.method != "icl"
@@ -152,8 +153,11 @@ class TTTVLLM(vllm_causallms.VLLM):
         plan = plan_memory(
             budget,
             Sizes.of(self._shape, self.ttt_config.lora_rank, dtype),
-            possible_contexts(self._shape, _tokens(engine_args, "max_model_len") or _tokens(engine_args, "max_length")),
-            _tokens(engine_args, "max_num_batched_tokens"),
+            possible_contexts(
+                self._shape,
+                _count(engine_args, "max_model_len", "tokens") or _count(engine_args, "max_length", "tokens"),
+            ),
+            _count(engine_args, "max_num_batched_tokens", "tokens"),
         )
         if plan is not None:
             return plan, _engine_share(plan, engine_args)
@@ -644,7 +648,7 @@ def _engine_share(plan: MemoryPlan, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _share_of_gpu(given: Any) -> float:
     try:
-        share = 0.9 if given is None else float(given)  # vLLM's default
+        share = UTILIZATION if given is None else float(given)
     except (TypeError, ValueError):
         share = 0.0
     if not 0 < share <= 1:
@@ -655,31 +659,18 @@ def _share_of_gpu(given: Any) -> float:
     return share
 
 
-def _tokens(engine_args: Mapping[str, Any], name: str) -> int | None:
-    """A number of tokens that the user gives the engine; None where there is none."""
-    given = engine_args.get(name)
+def _count(arguments: Mapping[str, Any], name: str, of: str) -> int | None:
+    """A whole number, of `of`, among the arguments that the user gives; None where there is none."""
+    given = arguments.get(name)
     if given is None:
         return None
     try:
-        tokens = int(str(given))  # int() alone takes 2.5 for 2
+        count = int(str(given))  # int() alone takes 2.5 for 2
     except ValueError:
-        tokens = 0
-    if tokens < 1:
-        raise ConfigError(f"{name}={quoted(given)} is not allowed: it is a whole number of tokens, at least 1.")
-    return tokens
-
-
-def _workers(given: Any) -> int:
-    """How many workers `data_parallel_size` asks for."""
-    try:
-        workers = 1 if given is None else int(str(given))  # int() alone takes 2.5 for 2
-    except ValueError:
-        workers = 0
-    if workers < 1:
-        raise ConfigError(
-            f"data_parallel_size={quoted(given)} is not allowed: it is a whole number of workers, at least 1."
-        )
-    return workers
+        count = 0
+    if count < 1:
+        raise ConfigError(f"{name}={quoted(given)} is not allowed: it is a whole number of {of}, at least 1.")
+    return count
 
 
 def _characters(requests: Sequence[Instance], group: Group) -> int:

@@ -171,7 +171,7 @@ class Run:
         """The seed of the split; None where no task names one."""
         return next((seed for task in self.tasks if (seed := self.metadata(task, "seed")) is not None), None)
 
-    @property
+    @cached_property
     def setup(self) -> dict[str, Any]:
         """What the run was asked for, by name: runs differ in the seed alone where this is the same.
 

@@ -194,6 +194,8 @@ def _stop_starting(starting: Future[LLM], others: Sequence[Any]) -> None:
 
     Python would wait for one that comes later for ever.
     """
+    if starting.done():
+        return  # it has put `_end` among what is done at the end
     end = time.monotonic() + STOP_SECONDS
     while not starting.done() and time.monotonic() < end:
         for child in multiprocessing.active_children():

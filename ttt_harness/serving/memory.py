@@ -13,6 +13,8 @@ from ttt_harness.training.families import ModelShape
 
 GIB = 2**30
 
+# vLLM's default of `gpu_memory_utilization`.
+UTILIZATION = 0.9
 # Besides weights, caches and activations: the engine's CUDA context and that of this process, graphs and the sampler.
 # With Llama-3.1-8B's geometry on a H100 the engine took 6.4 GiB for these and the activations of 16,384 tokens.
 ENGINE_OVERHEAD = 5 * GIB // 2
@@ -85,7 +87,7 @@ def gpu_memory() -> tuple[int, int]:
     return torch.cuda.mem_get_info()
 
 
-def gpu_budget(utilization: float) -> int:
+def gpu_budget(utilization: float = UTILIZATION) -> int:
     """What trainer and engine may use of the GPU together, with vLLM's `gpu_memory_utilization`."""
     free, total = gpu_memory()
     return min(free, int(total * utilization))
