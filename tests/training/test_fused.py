@@ -1,14 +1,12 @@
 """The fused layers compute what torchtune's own layers compute: outputs and gradients."""
 
 import copy
-import shutil
 
 import pytest
 import torch
 from torchtune.models.llama3_1 import lora_llama3_1
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from ttt_harness.training import fused
 from ttt_harness.training.dropout import dropout_with_mask
 from ttt_harness.training.fused import FusedAttention, FusedFeedForward, fuse, project, project_gated
 
@@ -96,35 +94,6 @@ def test_the_mlp_computes_its_product_again_with_the_same_mask(p):
     gradients = (torch.autograd.grad(result.square().sum(), parameters) for result in (out, plain))
     for gradient, other in zip(*gradients, strict=True):
         torch.testing.assert_close(gradient, other)
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("default")  # torch.compile's own
-@pytest.mark.parametrize("name", ["_gated", "_gated_dropped", "_gated_gradients"])
-def test_what_a_gpu_compiles_to_one_kernel_is_the_same_function(name):
-    function = getattr(fused, name).__wrapped__
-    x, y, z = (torch.randn(3, 20, 4, 16) for _ in range(3))
-    args = {"_gated": (x, y), "_gated_dropped": (x, y, None, 0.1), "_gated_gradients": (x, y, z)}[name]
-    compiled = torch.compile(function, dynamic=True)
-    torch.testing.assert_close(compiled(*args), function(*args), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("default")  # torch.compile's own
-def test_rotations_are_compiled_once_for_any_number_of_tokens():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for heads in (4, 2):
-        for tokens in (60, 128, 7):
-            x = torch.randn(tokens, heads, 16, requires_grad=True)
-            turns = torch.randn(tokens, 1, 8, 2)
-            results = [f(x, turns) for f in (fused._turned_on_gpu, fused._turned)]
-            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-            got, expected = (torch.autograd.grad(result.square().sum(), x) for result in results)
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert torch._dynamo.utils.counters["frames"]["ok"] == 2  # one for each number of heads
 
 
 def test_nothing_is_dropped_in_evaluation():

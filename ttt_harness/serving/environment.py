@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ttt_harness.config import cache_dir
+
 _set_here: dict[str, str] = {}
 
 
@@ -24,6 +26,8 @@ def prepare_environment() -> None:
         # Said explicitly, it brings no warning at each process that is started. None of ours tokenizes after a fork.
         "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
+        # What is compiled for fits on a GPU; torch's own place is in /tmp. (vLLM has one of its own.)
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torch"),
     }
     if not logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
         defaults |= {

@@ -159,15 +159,16 @@ class ModelShape:
         widths = 2 * (self.embed_dim + q) + (self.embed_dim + kv) + 3 * (self.embed_dim + self.mlp_dim)
         return self.num_layers * rank * widths
 
-    def activation_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """About what autograd keeps of one token in a fit, of the fused layers.
+    def activation_bytes_per_token(self, dtype: torch.dtype, *, compiled: bool) -> int:
+        """About what autograd keeps of one token in a fit, of the compiled layers or of the fused ones.
 
-        Of each layer some 10 tensors of the model's width (norms, q, k, v, dropped copies and masks) and of the MLP's
-        3.5, or 2.5 where its product is computed again for the gradient; measured with Llama-3.1-8B's geometry on a
-        GPU, 4.72 MB where this says 4.92.
+        Of each layer some 10 tensors of the model's width (norms, q, k, v, dropped copies and masks), 7.5 where the
+        copies are computed again for the gradient; and of the MLP's 3.5, or 2.5 where its product is. Measured with
+        Llama-3.1-8B's geometry on a GPU: 4.2 to 4.5 MB where this says 4.26, and 4.6 to 5.0 for 4.92.
         """
-        mlp = 2.5 if FAMILIES[self.architecture].activation == "silu" else 3.5
-        return int(self.num_layers * (10 * self.embed_dim + mlp * self.mlp_dim) * dtype.itemsize)
+        width = 7.5 if compiled else 10
+        mlp = 2.5 if compiled or FAMILIES[self.architecture].activation == "silu" else 3.5
+        return int(self.num_layers * (width * self.embed_dim + mlp * self.mlp_dim) * dtype.itemsize)
 
     def adapter_rank(self, rank: int) -> int:
         """The rank under which an adapter that was fitted with `rank` is written."""
@@ -232,6 +233,18 @@ def _decoder(
     return model
 
 
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor | None:
+    """True where a row's token attends to a column's, [tokens, tokens]: to the last `window` up to it.
+
+    None where all tokens are within the window: causal attention is the same, and faster.
+    """
+    if tokens <= window:
+        return None
+    position = torch.arange(tokens, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
+
+
 class SlidingAttention(MultiHeadAttention):
     """Self-attention of torchtune's that sees no further back than `window` tokens, the token itself included."""
 
@@ -241,11 +254,8 @@ class SlidingAttention(MultiHeadAttention):
         self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
     ) -> Tensor:
         """Attend from each position of `x`, shape [batch, tokens, width], to the last `window` up to it."""
-        tokens = x.shape[1]
-        if tokens > self.window and mask is None:  # within the window causal attention is the same, and faster
-            position = torch.arange(tokens, device=x.device)
-            distance = position[:, None] - position
-            mask = ((distance >= 0) & (distance < self.window))[None]
+        if mask is None and (within := window_mask(x.shape[1], self.window, x.device)) is not None:
+            mask = within[None]
         return super().forward(x, y, mask=mask, input_pos=input_pos)
 
 

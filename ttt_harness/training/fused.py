@@ -9,15 +9,13 @@ shorter forward too. Parameters and their names stay.
 The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
 
-On a GPU, where each pass over memory costs as much as a good part of a matmul, torch.compile makes one kernel of each
-elementwise function; the matmuls between them are the same. That takes seconds, where compiling the layers takes most
-of a minute.
+On a GPU most layers are compiled instead (`ttt_harness.training.compiled`); these are what is left to the others, and
+what the CPU computes with.
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,22 +41,6 @@ def fuse(model: TransformerDecoder) -> None:
             module.__class__ = fused
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _one_kernel(function: Callable[P, T]) -> Callable[P, T]:
-    """Have torch.compile make one kernel of an elementwise function, where its first argument is on a GPU."""
-    compiled = torch.compile(function, dynamic=True)
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
-        return (compiled if on_gpu else function)(*args, **kwargs)
-
-    return run
-
-
 class FusedRMSNorm(RMSNorm):
     """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467), in float32, with frozen scales."""
 
@@ -66,11 +48,12 @@ class FusedRMSNorm(RMSNorm):
         """Normalize the last dimension of `x`."""
         if x.device.type == "cpu":
             return _RMSNorm.apply(x, self.scale, self.eps)
-        return functional.rms_norm(x, self.normalized_shape, self.scale.to(x.dtype), self.eps)
+        wide = x.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.scale).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and one number for each token; torch's has a fused kernel on a GPU only."""
+    """Keeps its input and one number for each token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -87,48 +70,26 @@ class _RMSNorm(torch.autograd.Function):
         return gradient.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
-def _rotate(self: RotaryPositionalEmbeddings, x: Tensor, **_: Any) -> Tensor:
-    """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle."""
-    turns = self.cache[: x.shape[1]].unsqueeze(1)
-    if x.is_cuda:
-        return _turned_on_gpu(x.flatten(0, 1), turns.repeat(x.shape[0], 1, 1, 1)).view(x.shape)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).type_as(x)
-
-
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    """The product of complex numbers written out: torch.compile makes no kernels of complex ones.
-
-    x: [tokens, heads, head_dim]; turns: [tokens, 1, head_dim / 2, 2].
-    """
-    (real, imaginary), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
-    return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), -1).flatten(-2).type_as(x)
-
-
-_compiled_turned = torch.compile(_turned)
-
-
-def _turned_on_gpu(x: Tensor, turns: Tensor) -> Tensor:
-    """`_turned` as one kernel for any number of tokens, but for these heads.
-
-    Where an element stands among the heads is a division for each; by a number known beforehand it costs little.
-    """
-    for tensor in (x, turns):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
-    return _compiled_turned(x, turns)
-
-
-class FusedRoPE(RotaryPositionalEmbeddings):
+class _Rotation(nn.Module):
     """Rotary position embeddings (Su et al., arXiv 2104.09864) from torchtune's table of cosines and sines."""
 
-    forward = _rotate
+    cache: Tensor
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """Turn each pair of neighbours of `x`, shape [batch, tokens, heads, head_dim], by its angle."""
+        if input_pos is not None:
+            return super().forward(x, input_pos=input_pos)  # torchtune's
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        turns = torch.view_as_complex(self.cache[: x.shape[1]].unsqueeze(1))
+        return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
-class FusedScaledRoPE(Llama3ScaledRoPE):
-    """The same with the frequencies of Llama 3.1."""
+class FusedRoPE(_Rotation, RotaryPositionalEmbeddings):
+    """With the frequencies of Su et al."""
 
-    forward = _rotate
+
+class FusedScaledRoPE(_Rotation, Llama3ScaledRoPE):
+    """With the frequencies of Llama 3.1."""
 
 
 class FusedAttention(MultiHeadAttention):
@@ -308,24 +269,16 @@ class _ProjectGated(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         d_low = torch.addmm(low[:1], gradient, b, beta=0, alpha=ctx.scale)
         d_b = (gradient.T @ low).mul_(ctx.scale)
-        d_a = d_low.T @ _gated_dropped(gate, up, mask, ctx.p)
+        d_a = d_low.T @ dropout_gradient(_gated(gate, up), mask, ctx.p)  # which also drops with a mask that is there
         d_hidden = dropout_gradient(d_low @ a, mask, ctx.p)
         d_gate, d_up = _gated_gradients(d_hidden.addmm_(gradient, weight), gate, up)
         return d_gate, d_up, None, None, None, None, d_a, d_b
 
 
-@_one_kernel
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-@_one_kernel
-def _gated_dropped(gate: Tensor, up: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """Dropping with a mask that is there is what `dropout_gradient` does."""
-    return dropout_gradient(functional.silu(gate) * up, mask, p)
-
-
-@_one_kernel
 def _gated_gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of silu(gate) * up."""
     d_gate = torch.ops.aten.silu_backward(gradient * up, gate)

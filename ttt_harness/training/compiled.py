@@ -1,0 +1,122 @@
+"""Decoder layers on a GPU: torch.compile makes two functions of each, what comes before its attention and what after.
+
+A layer of torchtune's, or of `ttt_harness.training.fused`, is some hundred calls from Python, which take longer than
+the GPU needs for a thousand tokens, and each elementwise one is a pass over memory. Compiled, what lies between two
+matmuls is one kernel, and all of it is two calls. Attention stays a call of its own, so that the number of sequences,
+of which a fit has one at a time or five, occurs in no compiled function: those see tokens, of any number.
+
+What is computed is what the fused layers compute: projections of one input share a dropout mask (another than there,
+from the same random state), and the update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.nn import functional
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.peft import LoRALinear
+
+from ttt_harness.training.families import window_mask
+
+
+class CompiledLayer(TransformerSelfAttentionLayer):
+    """torchtune's layer with causal attention, without a cache, in training and for whole sequences."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """From the states of all tokens, [batch, tokens, width], the next ones."""
+        batch, tokens, _width = x.shape
+        # Nobody asks for the gradient of what enters the first layer; but without, that is another function to compile.
+        x = x.flatten(0, 1) if x.requires_grad else x.flatten(0, 1).requires_grad_()
+        positions = torch.arange(tokens, device=x.device).repeat(batch)
+        q, k, v = (
+            part.unflatten(0, (batch, tokens)).transpose(1, 2) for part in _heads(self, *_any_number(x, positions))
+        )
+        attended = _attend(q, k, v, getattr(self.attn, "window", None)).transpose(1, 2).flatten(2).flatten(0, 1)
+        return _after_attention(self, *_any_number(x, attended)).unflatten(0, (batch, tokens))
+
+
+def compile_layers(model: TransformerDecoder) -> bool:
+    """Give the layers of a fused `model` the forward of this module, if their attention is torchtune's.
+
+    Returns:
+        Whether it is; a family's own (Gemma 2's) is left as it is.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer.attn, MultiHeadAttention)]
+    if len(layers) < len(model.layers):
+        return False
+    # What was compiled for the model before is of no use to this one, and counts: torch gives up after some.
+    torch._dynamo.reset()
+    for layer in layers:
+        layer.__class__ = CompiledLayer
+    return True
+
+
+@contextmanager
+def little_kept() -> Iterator[None]:
+    """Within, what is compiled computes elementwise results again for the gradient, also those that matmuls take.
+
+    That takes a fifth less memory for each token.
+    """
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        yield
+
+
+def _any_number(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors`, for whose first dimension nothing is compiled anew."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensors
+
+
+@torch.compile
+def _heads(layer: TransformerSelfAttentionLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [tokens, heads, head_dim], of the states [tokens, width]."""
+    attn = layer.attn
+    outs = _linear([attn.q_proj, attn.k_proj, attn.v_proj], layer.sa_norm(x))
+    q, k, v = (out.unflatten(-1, (-1, attn.head_dim)) for out in outs)
+    if attn.pos_embeddings is not None:
+        q, k = (attn.pos_embeddings(part[None], input_pos=positions[None])[0] for part in (q, k))
+    return q, k, v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention, [batch, heads, tokens, head_dim], to the last `window` tokens where there are more."""
+    mask = None if window is None else window_mask(q.shape[2], window, q.device)
+    grouped = q.shape[1] != k.shape[1]
+    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+@torch.compile
+def _after_attention(layer: TransformerSelfAttentionLayer, x: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a layer, token by token: states and what attention made of them, [tokens, ...], to states."""
+    mlp = layer.mlp
+    (out,) = _linear([layer.attn.output_proj], attended)
+    x = x + layer.sa_scale(out)
+    normed = layer.mlp_norm(x)
+    if mlp.w3 is None:
+        hidden = mlp.activation(*_linear([mlp.w1], normed))
+    else:
+        gate, up = _linear([mlp.w1, mlp.w3], normed)
+        hidden = mlp.activation(gate) * up
+    (out,) = _linear([mlp.w2], hidden)
+    return x + layer.mlp_scale(out)
+
+
+def _linear(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """As `fused.project`, written out for the compiler, which finds the gradient and what to keep for it."""
+    adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if not adapted:
+        return [layer(x) for layer in layers]
+    first = adapted[0]
+    dropped = first.dropout(x)
+    low = dropped @ torch.cat([layer.lora_a.weight for layer in adapted]).T * (first.alpha / first.rank)
+    lows = iter(low.split(first.rank, 1))
+    outs = []
+    for layer in layers:
+        out = functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        outs.append(out + next(lows) @ layer.lora_b.weight.T if isinstance(layer, LoRALinear) else out)
+    return outs
