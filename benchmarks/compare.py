@@ -38,8 +38,8 @@ ENGINES: dict[str, dict[str, Any]] = {"default": {}, "max_loras=4": {"max_loras"
 GPU_ENGINES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "fp8 base weights": {"quantization": "fp8"},
-    "graphs, not compiled": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-    "vLLM's own graphs": {"cudagraph_capture_sizes": None, "compilation_config": {}},
+    "compiled": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_specialize_lora": False}},
+    "compiled, vLLM's own graphs": {"cudagraph_capture_sizes": None, "compilation_config": {}},
     "vLLM's own batch size": {"max_num_seqs": None},
 }
 ENGINE_TASKS = 4

@@ -55,7 +55,9 @@ def default_engine_args() -> dict[str, Any]:
         # CUDA graphs before it answers. A batch is filled up to the next size there is, prompts are longer than any of
         # them, and nearly all requests have an adapter.
         args["cudagraph_capture_sizes"] = [2**n for n in range(9)]
-        args["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_specialize_lora": False}
+        graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_specialize_lora": False}
+        # Compiling (mode 3) takes a minute the first time and some seconds later, and answers are not faster.
+        args["compilation_config"] = {"mode": 0, **graphs}
         # The largest of these; vLLM's 1024 take 20 s to warm up, for no faster answers to the 250 questions of a task.
         args["max_num_seqs"] = 256
     return args
