@@ -18,8 +18,8 @@ from ttt_harness.serving.memory import (
 )
 
 # Llama-3.1-8B and SmolLM2-135M in bfloat16, rank 64.
-EIGHT_B = Sizes(base=16_060_000_000, adapter=314_600_000, kv_token=131_072, fit_token=4_915_200, serve_token=135_168)
-SMALL = Sizes(base=270_000_000, adapter=19_000_000, kv_token=23_040, fit_token=583_680, serve_token=16_128)
+EIGHT_B = Sizes(base=16_060_000_000, adapter=314_600_000, kv_token=131_072, fit_token=4_259_840, serve_token=135_168)
+SMALL = Sizes(base=270_000_000, adapter=19_000_000, kv_token=23_040, fit_token=489_600, serve_token=16_128)
 
 
 def test_on_a_large_card_both_stay():

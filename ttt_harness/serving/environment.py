@@ -26,9 +26,9 @@ def prepare_environment() -> None:
         # Said explicitly, it brings no warning at each process that is started. None of ours tokenizes after a fork.
         "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
-        # What is compiled for fits on a GPU; torch's own place is in /tmp. (vLLM has one of its own.)
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "torch"),
     }
+    if kernels := _kernel_cache():
+        defaults["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
     if not logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
         defaults |= {
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -44,6 +44,19 @@ def prepare_environment() -> None:
     for name, value in defaults.items():
         if name not in os.environ:
             os.environ[name] = _set_here[name] = value
+
+
+def _kernel_cache() -> Path | None:
+    """Where torch keeps what it compiles for fits on a GPU; None where nothing can be: it has a place in /tmp.
+
+    Importing torch's compiler makes the folder, and fails where it cannot.
+    """
+    try:
+        folder = cache_dir() / "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a full or read-only disk; no home folder
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _has_ray_token() -> bool:

@@ -58,7 +58,7 @@ class Sizes:
             base=shape.base_parameters * dtype.itemsize,
             adapter=shape.adapter_parameters(rank) * dtype.itemsize,
             kv_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
-            fit_token=shape.activation_bytes_per_token(dtype, compiled=True),
+            fit_token=shape.activation_bytes_per_token(dtype, on_gpu=True),
             # Of one layer at a time: gate, up and their product; what comes in, q, k, v and what attention makes of it.
             serve_token=(3 * shape.mlp_dim + 6 * shape.embed_dim) * dtype.itemsize,
         )

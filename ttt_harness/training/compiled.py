@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU: torch.compile makes two functions of each, what comes before its attention and what after.
+"""Decoder layers on a GPU: torch.compile makes two functions of them, what comes before attention and what after.
 
 A layer of torchtune's, or of `ttt_harness.training.fused`, is some hundred calls from Python, which take longer than
 the GPU needs for a thousand tokens, and each elementwise one is a pass over memory. Compiled, what lies between two
@@ -9,18 +9,25 @@ What is computed is what the fused layers compute: projections of one input shar
 from the same random state), and the update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional
-from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear
 
 from ttt_harness.training.families import window_mask
+
+# Settings of a model and an adapter that one process may fit with.
+RECOMPILE_LIMIT = 64
+# Padding would be decided by timing, with memory of its own: the same fit might come out otherwise.
+_compile = functools.partial(torch.compile, options={"shape_padding": False})
 
 
 class CompiledLayer(TransformerSelfAttentionLayer):
@@ -29,7 +36,8 @@ class CompiledLayer(TransformerSelfAttentionLayer):
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """From the states of all tokens, [batch, tokens, width], the next ones."""
         batch, tokens, _width = x.shape
-        # Nobody asks for the gradient of what enters the first layer; but without, that is another function to compile.
+        # Nobody asks for the gradient of what enters the first layer; but without, that is another function to compile,
+        # which costs more than that gradient does.
         x = x.flatten(0, 1) if x.requires_grad else x.flatten(0, 1).requires_grad_()
         positions = torch.arange(tokens, device=x.device).repeat(batch)
         q, k, v = (
@@ -39,40 +47,35 @@ class CompiledLayer(TransformerSelfAttentionLayer):
         return _after_attention(self, *_any_number(x, attended)).unflatten(0, (batch, tokens))
 
 
-def compile_layers(model: TransformerDecoder) -> bool:
-    """Give the layers of a fused `model` the forward of this module, if their attention is torchtune's.
-
-    Returns:
-        Whether it is; a family's own (Gemma 2's) is left as it is.
-    """
-    layers = [layer for layer in model.layers if isinstance(layer.attn, MultiHeadAttention)]
-    if len(layers) < len(model.layers):
-        return False
-    # What was compiled for the model before is of no use to this one, and counts: torch gives up after some.
-    torch._dynamo.reset()
-    for layer in layers:
+def compile_layers(model: TransformerDecoder) -> None:
+    """Give the layers of a fused `model`, whose attention is torchtune's own, the forward of this module."""
+    for layer in model.layers:
         layer.__class__ = CompiledLayer
-    return True
 
 
 @contextmanager
-def little_kept() -> Iterator[None]:
-    """Within, what is compiled computes elementwise results again for the gradient, also those that matmuls take.
+def compiling() -> Iterator[None]:
+    """What holds while something may be compiled.
 
-    That takes a fifth less memory for each token.
+    Elementwise results are computed again for the gradient, also those that matmuls take: a fifth less memory for each
+    token. And as many models, ranks and dropouts as one process may fit with are compiled for; torch's limit is 8.
     """
-    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+    with (
+        torch._functorch.config.patch(ban_recompute_materialized_backward=False),
+        torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+    ):
         yield
 
 
 def _any_number(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """`tensors`, for whose first dimension nothing is compiled anew."""
+    """`tensors`, of which the first dimension alone may change without compiling anew."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.mark_static(tensor, list(range(1, tensor.dim())))
     return tensors
 
 
-@torch.compile
+@_compile
 def _heads(layer: TransformerSelfAttentionLayer, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, [tokens, heads, head_dim], of the states [tokens, width]."""
     attn = layer.attn
@@ -90,7 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-@torch.compile
+@_compile
 def _after_attention(layer: TransformerSelfAttentionLayer, x: Tensor, attended: Tensor) -> Tensor:
     """The rest of a layer, token by token: states and what attention made of them, [tokens, ...], to states."""
     mlp = layer.mlp

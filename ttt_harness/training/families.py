@@ -159,15 +159,17 @@ class ModelShape:
         widths = 2 * (self.embed_dim + q) + (self.embed_dim + kv) + 3 * (self.embed_dim + self.mlp_dim)
         return self.num_layers * rank * widths
 
-    def activation_bytes_per_token(self, dtype: torch.dtype, *, compiled: bool) -> int:
+    def activation_bytes_per_token(self, dtype: torch.dtype, *, on_gpu: bool) -> int:
         """About what autograd keeps of one token in a fit, of the compiled layers or of the fused ones.
 
         Of each layer some 10 tensors of the model's width (norms, q, k, v, dropped copies and masks), 7.5 where the
         copies are computed again for the gradient; and of the MLP's 3.5, or 2.5 where its product is. Measured with
         Llama-3.1-8B's geometry on a GPU: 4.2 to 4.5 MB where this says 4.26, and 4.6 to 5.0 for 4.92.
         """
+        family = FAMILIES[self.architecture]
+        compiled = on_gpu and family.compiled
         width = 7.5 if compiled else 10
-        mlp = 2.5 if compiled or FAMILIES[self.architecture].activation == "silu" else 3.5
+        mlp = 2.5 if compiled or family.activation == "silu" else 3.5
         return int(self.num_layers * (width * self.embed_dim + mlp * self.mlp_dim) * dtype.itemsize)
 
     def adapter_rank(self, rank: int) -> int:
@@ -182,7 +184,8 @@ class Family:
     `config` is transformers' class for its `config.json`. `build` makes a torchtune decoder with LoRA layers;
     `from_hf` turns the hub's weights into its; `to_peft` turns its LoRA weights into PEFT's, of `rank_factor` times the
     rank. The rest is what `build` can express: the activation, kinds of RoPE, whether embeddings may be `tied`, and
-    heads whose widths do not add up to the model's.
+    heads whose widths do not add up to the model's. `compiled` says whether its layers are compiled for a GPU, which
+    takes torchtune's own attention.
     """
 
     config: type[PreTrainedConfig]
@@ -194,6 +197,7 @@ class Family:
     tied: tuple[bool, ...] = (False,)
     any_head_dim: bool = False
     rank_factor: int = 1
+    compiled: bool = True
 
 
 def _decoder(
@@ -432,7 +436,14 @@ FAMILIES: dict[str, Family] = {
         GemmaConfig, _build_gemma, _llama_from_hf, _llama_to_peft, activation=_GELU, tied=(True,), any_head_dim=True
     ),
     "Gemma2ForCausalLM": Family(
-        Gemma2Config, _build_gemma2, _gemma2_from_hf, _llama_to_peft, activation=_GELU, tied=(True,), any_head_dim=True
+        Gemma2Config,
+        _build_gemma2,
+        _gemma2_from_hf,
+        _llama_to_peft,
+        activation=_GELU,
+        tied=(True,),
+        any_head_dim=True,
+        compiled=False,
     ),
     "Phi3ForCausalLM": Family(Phi3Config, _build_phi3, _phi3_from_hf, _phi3_to_peft, rank_factor=2),
 }

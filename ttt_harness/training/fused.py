@@ -9,8 +9,8 @@ shorter forward too. Parameters and their names stay.
 The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
 
-On a GPU most layers are compiled instead (`ttt_harness.training.compiled`); these are what is left to the others, and
-what the CPU computes with.
+This is what a CPU computes with. On a GPU layers are compiled instead (`ttt_harness.training.compiled`), but for the
+last one, which sees labelled positions only, and those of a family that has an attention of its own.
 """
 
 import itertools

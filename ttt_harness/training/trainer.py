@@ -31,7 +31,7 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
-from ttt_harness.training.compiled import compile_layers, little_kept
+from ttt_harness.training.compiled import compile_layers, compiling
 from ttt_harness.training.fused import fuse
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
@@ -105,12 +105,14 @@ class Trainer:
             model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
         fuse(self.model)
-        compiled = device != "cpu" and compile_layers(self.model)
+        on_gpu = device != "cpu"
+        if on_gpu and FAMILIES[shape.architecture].compiled:
+            compile_layers(self.model)
         self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
         if activation_bytes is None:
             activation_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
             activation_bytes += ACTIVATION_BYTES
-        self.max_tokens = max(1, activation_bytes // shape.activation_bytes_per_token(dtype, compiled=compiled))
+        self.max_tokens = max(1, activation_bytes // shape.activation_bytes_per_token(dtype, on_gpu=on_gpu))
 
     def fit(
         self,
@@ -135,7 +137,7 @@ class Trainer:
             on_step: called after each step with (steps done, steps in all, loss).
         """
         start = time.perf_counter()
-        with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []), little_kept():
+        with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []), compiling():
             torch.manual_seed(seed)
             self._reset()
             batches = list(_batches(sequences, batch_size=batch_size, epochs=epochs, seed=seed))
