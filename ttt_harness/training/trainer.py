@@ -127,6 +127,8 @@ class Trainer:
     ) -> FitResult:
         """Fit an adapter on `sequences`; the same arguments on the same machine give the same adapter.
 
+        On a GPU that is so but for rounding: there attention's gradient is summed in any order.
+
         Args:
             sequences: what to train on; each is seen once an epoch, in an order drawn with `seed`.
             batch_size: sequences to an optimiser step.
