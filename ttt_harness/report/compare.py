@@ -232,6 +232,11 @@ def pair_samples(base: Sequence[Sample], other: Sequence[Sample], task: str, whe
     return pairs
 
 
+def offered_metrics(run: Run, tasks: Sequence[str]) -> str:
+    """The metrics that `run` has for any of `tasks`, with commas; none where it has none."""
+    return ", ".join(sorted({str(metric) for task in tasks for metric in run.metrics(task)})) or "none"
+
+
 def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[list[Row], list[str]]:
     where = f"{base.path} and {other.path}"
     tasks = [task for task in base.tasks if task in other.raw["results"]]
@@ -241,9 +246,8 @@ def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[l
         )
     chosen = {task: found for task in tasks if (found := choose_metric(base, other, task, wanted))}
     if not chosen:
-        offered = sorted({str(metric) for task in tasks for metric in base.metrics(task)})
         raise ReportError(
-            f"no shared task has the metric {wanted}; choose from {', '.join(offered) or 'none'}."
+            f"no shared task has the metric {wanted}; choose from {offered_metrics(base, tasks)}."
             if wanted
             else f"{where} have no metric in common for {some(tasks)}."
         )

@@ -16,7 +16,7 @@ from typing import Any
 from ttt_harness.errors import ReportError
 from ttt_harness.report import methods as figures
 from ttt_harness.report import published
-from ttt_harness.report.compare import Comparison, KeptSamples, compare_runs, task_prefix
+from ttt_harness.report.compare import Comparison, KeptSamples, compare_runs, offered_metrics, task_prefix
 from ttt_harness.report.methods import Line, Method
 from ttt_harness.report.questions import question_columns
 from ttt_harness.report.results import Run
@@ -75,8 +75,7 @@ def build_page(
     if not any(rows.values()):
         rows[0] = figures.lines_of_one(methods[0], metric)
         if metric and not rows[0]:
-            offered = sorted({str(one) for task in base.tasks for one in base.metrics(task)})
-            raise ReportError(f"no run has the metric {metric}; choose from {', '.join(offered) or 'none'}.")
+            raise ReportError(f"no run has the metric {metric}; choose from {offered_metrics(base, base.tasks)}.")
     prefix = task_prefix(tasks)
     data = {
         "labels": [method.label for method in methods],

@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, computed in blocks of queries by batched matmuls.
+"""Causal attention for training: torch's kernels on a GPU; on a CPU, blocks of queries by batched matmuls.
 
 torch's own kernel for CPUs computes the gradient in small blocks, at a fraction of what a matmul reaches there. Here a
 block of queries meets all keys up to its end in one matmul, so that about half of the work is left out, and query heads
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # A block's scores should stay in the processor's cache.
 _SCORES = 2**21
@@ -19,6 +20,17 @@ _ROWS = (32, 128)
 # oneDNN keeps half a MiB of code for each shape of a product, hundreds of MiB if each block of a long sequence met a
 # number of keys of its own. They meet so many numbers of keys, or up to twice as many.
 _KEY_COUNTS = 32
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend from each position to itself and those before, or to where `mask`, [tokens, tokens], is True.
+
+    q: [batch, heads, tokens, head_dim]; k, v: [batch, kv_heads, tokens, head_dim]. Returns the shape of q.
+    """
+    if mask is None and q.device.type == "cpu":
+        return CausalAttention.apply(q, k, v)
+    grouped = q.shape[1] != k.shape[1]
+    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class CausalAttention(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear
 
+from ttt_harness.training.attention import causal_attention
 from ttt_harness.training.families import window_mask
 
 # Settings of a model and an adapter that one process may fit with.
@@ -43,7 +44,9 @@ class CompiledLayer(TransformerSelfAttentionLayer):
         q, k, v = (
             part.unflatten(0, (batch, tokens)).transpose(1, 2) for part in _heads(self, *_any_number(x, positions))
         )
-        attended = _attend(q, k, v, getattr(self.attn, "window", None)).transpose(1, 2).flatten(2).flatten(0, 1)
+        window = getattr(self.attn, "window", None)
+        mask = None if window is None else window_mask(tokens, window, x.device)
+        attended = causal_attention(q, k, v, mask).transpose(1, 2).flatten(2).flatten(0, 1)
         return _after_attention(self, *_any_number(x, attended)).unflatten(0, (batch, tokens))
 
 
@@ -84,13 +87,6 @@ def _heads(layer: TransformerSelfAttentionLayer, x: Tensor, positions: Tensor) -
     if attn.pos_embeddings is not None:
         q, k = (attn.pos_embeddings(part[None], input_pos=positions[None])[0] for part in (q, k))
     return q, k, v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention, [batch, heads, tokens, head_dim], to the last `window` tokens where there are more."""
-    mask = None if window is None else window_mask(q.shape[2], window, q.device)
-    grouped = q.shape[1] != k.shape[1]
-    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 @_compile

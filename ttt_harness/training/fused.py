@@ -30,7 +30,7 @@ from torchtune.modules import (
 )
 from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.attention import CausalAttention
+from ttt_harness.training.attention import causal_attention
 from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
 
 
@@ -107,11 +107,8 @@ class FusedAttention(MultiHeadAttention):
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
-        if q.device.type == "cpu":
-            out = CausalAttention.apply(q, k, v)
-        else:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        (out,) = project(out.transpose(1, 2).flatten(2), [self.output_proj], self.training)
+        attended = causal_attention(q, k, v).transpose(1, 2).flatten(2)
+        (out,) = project(attended, [self.output_proj], self.training)
         return out
 
 
