@@ -6,8 +6,9 @@ import pickle
 import pytest
 from lm_eval._cli.utils import key_val_to_dict
 
-from ttt_harness.config import METHODS, PUBLISHED_FIT, TaskSettings, TTTConfig, nearest
+from ttt_harness.config import TaskSettings, TTTConfig, nearest
 from ttt_harness.errors import ConfigError
+from ttt_harness.methods import METHODS
 
 
 def test_the_published_hyperparameters_are_the_defaults():
@@ -42,7 +43,7 @@ def test_the_published_hyperparameters_are_the_defaults():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_brings_its_own_learning_rate_and_epochs_and_an_argument_wins(method):
     config = TTTConfig(method=method)
-    assert (config.lr, config.epochs) == (PUBLISHED_FIT[method]["lr"], PUBLISHED_FIT[method]["epochs"])
+    assert (config.lr, config.epochs) == (METHODS[method].lr, METHODS[method].epochs)
     assert TTTConfig(method=method, lr="3e-4", epochs=2).lr == 3e-4
 
 

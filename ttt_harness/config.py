@@ -13,19 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from ttt_harness.errors import ConfigError
+from ttt_harness.methods import METHODS, Method
 
 # vLLM's own list (vllm.config.lora.MaxLoRARanks), repeated here so that a wrong rank is refused before vLLM loads.
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-# Learning rate and epochs of each method, as published (Akyürek et al., arXiv 2411.07279, and its code Fewshot-TTT).
-PUBLISHED_FIT: dict[str, dict[str, float]] = {
-    "ttt": {"lr": 1e-4, "epochs": 1},
-    "shared_ttt": {"lr": 5e-5, "epochs": 1},
-    "e2e": {"lr": 1e-4, "epochs": 4},
-    "shared_e2e": {"lr": 5e-5, "epochs": 6},
-    "icl": {"lr": 0.0, "epochs": 0},
-}
-METHODS = tuple(PUBLISHED_FIT)
 LOSS_ON = ("outputs", "all", "last")
 GENERATION_BUDGETS = ("full", "published")
 ON_PLAIN_TASK = ("error", "base")
@@ -116,14 +108,14 @@ class _Settings:
 class TTTConfig(_Settings):
     """How adapters are fitted: the model arguments of `ttt_vllm` besides those of lm-eval's `vllm` model.
 
-    `lr` and `epochs` default to the method's published values (`PUBLISHED_FIT`). The rest of the defaults are the
+    `lr` and `epochs` default to the method's published values (`ttt_harness.methods`). The rest of the defaults are the
     published hyperparameters of the `ttt` method.
 
     Raises:
         ConfigError: a value that is not allowed; the message says which are.
     """
 
-    method: str = field(default="ttt", metadata=_one_of(METHODS))
+    method: str = field(default="ttt", metadata=_one_of(tuple(METHODS)))
     loss_on: str = field(default="outputs", metadata=_one_of(LOSS_ON))
     num_permutations: int = field(default=40, metadata=_COUNT)
     shuffle: bool = field(default=True, metadata=_YES_NO)
@@ -146,16 +138,21 @@ class TTTConfig(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        published = PUBLISHED_FIT[self.method]
+        published = self.how
         if self.lr is None:
-            object.__setattr__(self, "lr", float(published["lr"]))
+            object.__setattr__(self, "lr", published.lr)
         if self.epochs is None:
-            object.__setattr__(self, "epochs", int(published["epochs"]))
-        if self.method != "icl" and self.k == 0:
+            object.__setattr__(self, "epochs", published.epochs)
+        if published.fits and self.k == 0:
             raise ConfigError(
                 f"k=0 is not allowed with method={self.method}: an adapter is fitted on demonstrations; "
                 "set k to at least 1, or method=icl for a zero-shot run."
             )
+
+    @property
+    def how(self) -> Method:
+        """What `method` stands for."""
+        return METHODS[self.method]
 
     @property
     def max_lora_rank(self) -> int:

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 
+from ttt_harness import cli
 from ttt_harness.config import cache_dir
 from ttt_harness.embedded import embedded_model_path
-from ttt_harness.report import cli
 
 SETTINGS = "pretrained=embedded,k=3,num_permutations=6,fit_batch_size=2,lr=1e-3"
 OPTIONS = ["--tasks", "procedural_ttt", "--limit", "20", "--log_samples", "--model_args", SETTINGS]
@@ -30,7 +30,7 @@ def main() -> int:
     sweep = ["sweep", "--methods", "icl,ttt", "--seeds", "42", "--output_path", str(folder), *OPTIONS]
     print(f"\n$ ttt-harness {shlex.join(sweep)}\n", flush=True)
     quiet = {**os.environ, "LMEVAL_LOG_LEVEL": "ERROR"}
-    result = subprocess.run([sys.executable, "-m", "ttt_harness.report.cli", *sweep], env=quiet)
+    result = subprocess.run([sys.executable, "-m", "ttt_harness.cli", *sweep], env=quiet)
     if result.returncode:
         return result.returncode
     compare = ["compare", f"in-context={folder / 'icl'}", f"TTT={folder / 'ttt'}"]

@@ -12,7 +12,7 @@ from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.cluster import pool
 from ttt_harness.cluster.worker import Circumstances, Worker
 from ttt_harness.errors import ClusterError, DataError
-from ttt_harness.harness.progress import RunProgress
+from ttt_harness.run.progress import RunProgress
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.integration

@@ -36,7 +36,7 @@ def test_the_worked_example_works(tiny_model, tmp_path, monkeypatch, capfd):
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import _index
 
-    from ttt_harness.report.cli import main
+    from ttt_harness.cli import main
 
     folder = tmp_path / "my_tasks"
     folder.mkdir()

@@ -231,7 +231,7 @@ def lose(node):
 
 @pytest.mark.usefixtures("token")
 def test_a_sweep_goes_on_without_a_node_that_is_lost(tiny_model, store):
-    sweep = ["-m", "ttt_harness.report.cli", "sweep", "--methods", "ttt", "--seeds", "42,43", "--output_path", "out"]
+    sweep = ["-m", "ttt_harness.cli", "sweep", "--methods", "ttt", "--seeds", "42,43", "--output_path", "out"]
     sweep += command(tiny_model, store, tasks=TASKS, permutations=300)[3:]
     with node(0) as address, joined(address) as one, joined(address), going(address, store.parent, *sweep) as run:
         wait_for(one, "fit", run)

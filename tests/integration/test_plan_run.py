@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_harness.report import cli
+from ttt_harness import cli
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'ttt-harness[cluster]')")
 pytestmark = pytest.mark.integration

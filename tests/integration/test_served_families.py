@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, write_checkpoint
 
+from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ConfigError

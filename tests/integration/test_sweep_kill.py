@@ -23,7 +23,7 @@ CELLS = 8
 def command(folder, model):
     arguments = f"pretrained={model},adapter_dir={folder / 'adapters'},{SETTINGS}"
     grid = [*GRID, "--model_args", arguments, "--output_path", str(folder / "out")]
-    return [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *grid]
+    return [sys.executable, "-m", "ttt_harness.cli", "sweep", *grid]
 
 
 def run(folder, model):
@@ -33,7 +33,7 @@ def run(folder, model):
 
 
 def summary(folder):
-    cli = [sys.executable, "-m", "ttt_harness.report.cli", "summary", "--format", "json", str(folder / "out")]
+    cli = [sys.executable, "-m", "ttt_harness.cli", "summary", "--format", "json", str(folder / "out")]
     return json.loads(subprocess.run(cli, capture_output=True, text=True, check=True).stdout)
 
 

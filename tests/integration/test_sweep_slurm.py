@@ -109,7 +109,7 @@ def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model
     ]
 
     def sweep(*arguments):
-        command = [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *arguments]
+        command = [sys.executable, "-m", "ttt_harness.cli", "sweep", *arguments]
         result = subprocess.run(command, env=slurm, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr + result.stdout
         return result

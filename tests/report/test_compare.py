@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from runs import ttt, write_run
 
+from tests.report.runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import MEAN_ROW, compare_runs, distinct_labels
 from ttt_harness.report.results import find_run, read_run

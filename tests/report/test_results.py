@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ttt, write_run
 
+from tests.report.runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import compare_runs
 from ttt_harness.report.results import Metric, find_run, find_runs, read_run, same_run

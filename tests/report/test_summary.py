@@ -6,10 +6,11 @@ import json
 import statistics
 
 import pytest
-from runs import ttt, write_run
 
+from tests.report.runs import ttt, write_run
+from ttt_harness import cli
 from ttt_harness.errors import ReportError
-from ttt_harness.report import cli, published
+from ttt_harness.report import published
 from ttt_harness.report.results import read_run
 from ttt_harness.report.summary import COLUMNS, PUBLISHED, read, tables
 

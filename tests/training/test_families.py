@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, write_checkpoint
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ttt_harness.cluster.schedule import Piece, Schedule, Task
 from ttt_harness.cluster.worker import Board, Circumstances, Worker, versions
 from ttt_harness.errors import ClusterError, ConfigError, StoreError, TTTError
-from ttt_harness.harness.progress import RunProgress
+from ttt_harness.run.progress import RunProgress
 from ttt_harness.serving.environment import environment_as_given
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt_harness.config import TTTConfig
 from ttt_harness.errors import ClusterError, StoreError
-from ttt_harness.harness.progress import Display, RunProgress, showing
+from ttt_harness.run.progress import Display, RunProgress, showing
 
 if TYPE_CHECKING:
     from ttt_harness.harness.model import TTTVLLM

@@ -34,8 +34,8 @@ from ttt_harness.data.sequences import TrainingSequence, in_context_sequences, s
 from ttt_harness.data.support import SupportSet
 from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError, DataError, ModelError
-from ttt_harness.harness.progress import RunProgress
 from ttt_harness.harness.task import has_support_set, support_set_of
+from ttt_harness.run.progress import RunProgress
 from ttt_harness.serving.engine import default_engine_args, shared_engine
 from ttt_harness.serving.memory import (
     GIB,

@@ -5,7 +5,7 @@
     compare.py      one run against others: differences per task and group, and what makes them not comparable
     published.py    the published figures, and which of them stands beside a run
     summary.py      the methods and seeds of a sweep, each mean beside its published figure
-    methods.py, questions.py  what the page shows of the runs, and of the questions
+    figures.py, questions.py  what the page shows of the runs, and of the questions
     tables.py       a comparison as a terminal table, Markdown, CSV, JSON, LaTeX
     page.py         the report: one HTML file (page.html.j2, page.css, page.js)
     cli.py          the command `ttt-harness`

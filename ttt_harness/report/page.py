@@ -14,10 +14,9 @@ from importlib.resources import files
 from typing import Any
 
 from ttt_harness.errors import ReportError
-from ttt_harness.report import methods as figures
-from ttt_harness.report import published
+from ttt_harness.report import figures, published
 from ttt_harness.report.compare import Comparison, KeptSamples, compare_runs, offered_metrics, task_prefix
-from ttt_harness.report.methods import Line, Method
+from ttt_harness.report.figures import Line, Method
 from ttt_harness.report.questions import question_columns
 from ttt_harness.report.results import Run
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_harness.errors import ReportError
+from ttt_harness.methods import setting_name
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?")
 _NOT_METRICS = {"name", "alias", "sample_len", "sample_count", "samples"}
@@ -155,16 +156,12 @@ class Run:
         shots = {self.shots(task) for task in self.tasks}
         if method is None:
             return f"{shots.pop()}-shot" if len(shots) == 1 and None not in shots else (self.source or "run")
-        if method == "icl" and shots == {0}:
-            return "zero_shot"
-        name = str(method)
-        if method != "icl" and settings.get("loss_on", "outputs") != "outputs":
-            name += f"_loss_{settings['loss_on']}"
-        if method in ("ttt", "shared_ttt") and not settings.get("shuffle", True):
-            name += "_no_shuffle"
-        left_out = any(self.metadata(task, "leave_one_out") for task in self.tasks)
-        votes = any((self.metadata(task, "vote_permutations") or 1) > 1 for task in self.tasks)
-        return name + ("_leave_one_out" if left_out else "") + ("_vote" if votes else "")
+        return setting_name(
+            settings,
+            zero_shot=shots == {0},
+            leave_one_out=any(self.metadata(task, "leave_one_out") for task in self.tasks),
+            vote=any((self.metadata(task, "vote_permutations") or 1) > 1 for task in self.tasks),
+        )
 
     @property
     def seed(self) -> Any:

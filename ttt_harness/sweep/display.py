@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-from ttt_harness.harness.progress import Display
+from ttt_harness.run.progress import Display
 
 # Until a method has been measured, one without a fit is taken to last this part of one with.
 SHARE_WITHOUT_FIT = 0.2

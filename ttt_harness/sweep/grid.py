@@ -14,49 +14,14 @@ import yaml
 
 from ttt_harness.config import TaskSettings, TTTConfig, nearest
 from ttt_harness.errors import ConfigError
+from ttt_harness.methods import SETTINGS
 
 Call = dict[str, Any]
 
 MAX_SEEDS = 1000
-VOTES = 5  # prompts per question in the published votes
-
-
-@dataclass(frozen=True)
-class Method:
-    """One setting of the published study.
-
-    model_args: of `ttt_vllm`, task metadata keys among them, since lm-eval hands them on; options: of `lm_eval run`.
-    """
-
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    model: str = "ttt_vllm"
-
-    @property
-    def fits(self) -> bool:
-        """Whether an adapter is fitted, and the engine therefore has to take adapters."""
-        return self.model == "ttt_vllm" and self.model_args["method"] != "icl"
-
-
-METHODS: dict[str, Method] = {
-    "random": Method(model="ttt_random"),
-    "zero_shot": Method({"method": "icl"}, {"num_fewshot": 0}),
-    "icl": Method({"method": "icl"}),
-    "icl_vote": Method({"method": "icl", "vote_permutations": VOTES}),
-    "ttt": Method({"method": "ttt"}),
-    "ttt_vote": Method({"method": "ttt", "vote_permutations": VOTES}),
-    "ttt_loss_all": Method({"method": "ttt", "loss_on": "all"}),
-    "ttt_loss_last": Method({"method": "ttt", "loss_on": "last"}),
-    "ttt_no_shuffle": Method({"method": "ttt", "shuffle": False}),
-    "ttt_no_shuffle_vote": Method({"method": "ttt", "shuffle": False, "vote_permutations": VOTES}),
-    "ttt_leave_one_out": Method({"method": "ttt", "leave_one_out": True}),
-    "shared_ttt": Method({"method": "shared_ttt"}),
-    "e2e": Method({"method": "e2e"}),
-    "shared_e2e": Method({"method": "shared_e2e"}),
-}
 
 # What tells the cells apart; given for all of them, it would make their names wrong.
-_SET_PER_CELL = {"seed", *(key for method in METHODS.values() for key in method.model_args)}
+_SET_PER_CELL = {"seed", *(key for method in SETTINGS.values() for key in method.model_args)}
 
 
 @dataclass(frozen=True)
@@ -94,14 +59,14 @@ def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call) -> list[C
     """
     _refuse_set_per_cell(call)
     engine: dict[str, Any] = {}
-    if any(METHODS[name].fits for name in methods):
+    if any(SETTINGS[name].fits for name in methods):
         config = TTTConfig.from_mapping(call["model_args"])
         rank = call["model_args"].get("max_lora_rank", config.max_lora_rank)
         engine = {"enable_lora": True, "max_lora_rank": rank}
     cells = []
     for seed in seeds:
         for name in methods:
-            method = METHODS[name]
+            method = SETTINGS[name]
             cell = copy.deepcopy(call) | {"model": method.model, **method.options}
             cell["model_args"] = {**cell["model_args"], **method.model_args, "seed": seed}
             task = TaskSettings.from_mapping(cell["model_args"] | (call.get("metadata") or {}))
@@ -139,13 +104,13 @@ def parse_methods(given: str | Iterable[str] | None) -> list[str]:
     """
     names = [name.strip() for text in _texts(given, "methods") for name in text.split(",") if name.strip()]
     if not names:
-        raise ConfigError(f"the grid has no methods: give --methods all, or some of {', '.join(METHODS)}.")
+        raise ConfigError(f"the grid has no methods: give --methods all, or some of {', '.join(SETTINGS)}.")
     for name in names:
-        if name not in METHODS and name != "all":
+        if name not in SETTINGS and name != "all":
             raise ConfigError(
-                f"{name} is not a method: choose all, or some of {', '.join(METHODS)}.{nearest(name, METHODS)}"
+                f"{name} is not a method: choose all, or some of {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}"
             )
-    return list(dict.fromkeys(found for name in names for found in (METHODS if name == "all" else [name])))
+    return list(dict.fromkeys(found for name in names for found in (SETTINGS if name == "all" else [name])))
 
 
 def parse_seeds(given: str | int | Iterable[str | int] | None) -> list[int]:

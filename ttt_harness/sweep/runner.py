@@ -22,11 +22,12 @@ from unittest import mock
 
 from ttt_harness.config import nearest, quoted
 from ttt_harness.errors import ConfigError, TTTError
-from ttt_harness.harness.progress import showing
+from ttt_harness.methods import SETTINGS
+from ttt_harness.run.progress import showing
 from ttt_harness.sweep import slurm
 from ttt_harness.sweep.cells import is_done, is_partial, locked, note_failure, note_grid, written
 from ttt_harness.sweep.display import SweepDisplay
-from ttt_harness.sweep.grid import METHODS, Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
+from ttt_harness.sweep.grid import Call, Cell, cells_of, parse_methods, parse_seeds, read_yaml
 
 Execute = Callable[[Call], None]
 
@@ -154,7 +155,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
     if not todo:
         return 0
     failed: dict[str, str] = {}
-    fits = {name: method.fits for name, method in METHODS.items()}
+    fits = {name: method.fits for name, method in SETTINGS.items()}
     with contextlib.ExitStack() as stack:
         if execute is None:
             stack.enter_context(one_task_index())
@@ -244,7 +245,7 @@ def _check(cells: Sequence[Cell], root: Path) -> None:
     from lm_eval.api.registry import get_model
 
     # the one that asks for most: fitting methods check more arguments, and random guesses none
-    cell = max(cells, key=lambda cell: (METHODS[cell.method].fits, METHODS[cell.method].model == "ttt_vllm"))
+    cell = max(cells, key=lambda cell: (SETTINGS[cell.method].fits, SETTINGS[cell.method].model == "ttt_vllm"))
     config = _lm_eval_config(_whole_call(cell, root))
     others = {name: getattr(config, name) for name in ("batch_size", "max_batch_size", "device")}
     get_model(config.model).create_from_arg_obj(config.model_args, others)

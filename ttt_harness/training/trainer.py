@@ -31,8 +31,8 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
-from ttt_harness.training.compiled import compile_layers, compiling
-from ttt_harness.training.fused import fuse
+from ttt_harness.training.layers.compiled import compile_layers, compiling
+from ttt_harness.training.layers.fused import fuse
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01

@@ -8,14 +8,14 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import CHECKPOINTS, write_checkpoint
 from torchtune.modules import MultiHeadAttention
 from training.test_fused import decoder
 
+from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, read_config
-from ttt_harness.training.compiled import CompiledLayer, _linear, compile_layers, compiling
-from ttt_harness.training.fused import fuse
+from ttt_harness.training.layers.compiled import CompiledLayer, _linear, compile_layers, compiling
+from ttt_harness.training.layers.fused import fuse
 from ttt_harness.training.trainer import Trainer, labelled_states
 
 pytestmark = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
+from ttt_harness.training.layers.dropout import dropout_gradient, dropout_with_mask
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from ttt_harness.cluster.plan import (
+from ttt_harness import cli
+from ttt_harness.errors import ConfigError
+from ttt_harness.estimate.plan import (
     Rates,
     Tokens,
     cheapest,
@@ -17,9 +19,8 @@ from ttt_harness.cluster.plan import (
     spread_tasks,
     work_of,
 )
-from ttt_harness.errors import ConfigError
-from ttt_harness.report import cli
-from ttt_harness.sweep.grid import METHODS, cells_of
+from ttt_harness.methods import SETTINGS
+from ttt_harness.sweep.grid import cells_of
 
 RATES = Rates(fit=100.0, answer=1000.0, start=30.0, source="")
 TOKENS = [
@@ -87,7 +88,7 @@ def test_many_workers_wait_for_the_longest_fit():
 
 @pytest.mark.parametrize("spread", [spread_tasks, spread_cells])
 def test_more_gpus_are_never_slower_by_more_than_the_shared_reading(spread):
-    grid = work([name for name in METHODS if name != "random"], range(3))
+    grid = work([name for name in SETTINGS if name != "random"], range(3))
     seconds = [spread(grid, RATES, gpus).seconds for gpus in (1, 2, 4, 8, 16, 32, 64)]
     assert all(later <= earlier * 1.01 for earlier, later in pairwise(seconds))
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ttt_harness.training import attention
-from ttt_harness.training.attention import CausalAttention
+from ttt_harness.training.layers.attention import CausalAttention
 
 
 def inputs(batch, heads, kv_heads, length, width, dtype, scale=1.0):

@@ -9,8 +9,8 @@ shorter forward too. Parameters and their names stay.
 The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
 
-This is what a CPU computes with. On a GPU layers are compiled instead (`ttt_harness.training.compiled`), but for the
-last one, which sees labelled positions only, and those of a family that has an attention of its own.
+This is what a CPU computes with. On a GPU layers are compiled instead (`ttt_harness.training.layers.compiled`), but
+for the last one, which sees labelled positions only, and those of a family that has an attention of its own.
 """
 
 import itertools
@@ -30,8 +30,8 @@ from torchtune.modules import (
 )
 from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.attention import causal_attention
-from ttt_harness.training.dropout import dropout_gradient, dropout_with_mask
+from ttt_harness.training.layers.attention import causal_attention
+from ttt_harness.training.layers.dropout import dropout_gradient, dropout_with_mask
 
 
 def fuse(model: TransformerDecoder) -> None:

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ttt, write_run
 
-from ttt_harness.report import cli
+from tests.report.runs import ttt, write_run
+from ttt_harness import cli
 from ttt_harness.report.tables import COLUMNS
 
-PACKAGE = Path(cli.__file__).parents[2]
+PACKAGE = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_csv_columns_are_stable(capsys, two):
 
 
 def test_csv_columns_are_documented():
-    text = (Path(__file__).parents[2] / "ttt_harness/report/README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "ttt_harness/report/README.md").read_text(encoding="utf-8")
     assert [name for name in COLUMNS if f"`{name}`" not in text] == []
 
 
@@ -186,13 +186,13 @@ def test_one_name_for_two_runs(capsys, two):
 
 def run_process(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-    command = [sys.executable, "-m", "ttt_harness.report.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "ttt_harness.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False, **options)
 
 
 def test_help_is_fast_and_imports_nothing_heavy():
     code = (
-        "import sys, ttt_harness.report.cli as c\n"
+        "import sys, ttt_harness.cli as c\n"
         "try: c.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({m.partition('.')[0] for m in sys.modules} & {'numpy', 'scipy', 'rich', 'torch', 'lm_eval'}))"
@@ -220,7 +220,7 @@ def test_process_ends_with_a_sentence_and_no_traceback(tmp_path):
 
 def test_closed_pipe_is_quiet(two):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-    command = f"{sys.executable} -m ttt_harness.report.cli compare {two[0]} {two[1]} --format json | head -c 1"
+    command = f"{sys.executable} -m ttt_harness.cli compare {two[0]} {two[1]} --format json | head -c 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60, check=False
     )

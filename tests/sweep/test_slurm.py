@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ttt_harness import cli
 from ttt_harness.errors import ConfigError
-from ttt_harness.report import cli, summary
+from ttt_harness.report import summary
 from ttt_harness.report.results import find_runs
 from ttt_harness.sweep import runner
 from ttt_harness.sweep.cells import GRID as GRID_FILE

@@ -7,8 +7,8 @@ import torch
 from torchtune.models.llama3_1 import lora_llama3_1
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from ttt_harness.training.dropout import dropout_with_mask
-from ttt_harness.training.fused import FusedAttention, FusedFeedForward, fuse, project, project_gated
+from ttt_harness.training.layers.dropout import dropout_with_mask
+from ttt_harness.training.layers.fused import FusedAttention, FusedFeedForward, fuse, project, project_gated
 
 
 def decoder(**overrides):

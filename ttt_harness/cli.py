@@ -224,7 +224,7 @@ def _add_plan(subparsers: Subparsers) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ttt_harness.cluster.plan import plan
+    from ttt_harness.estimate.plan import plan
 
     names = ("methods", "seeds", "options", "measured", "fit_rate", "answer_rate", "start_seconds", "deadline")
     return plan(**{name: getattr(args, name) for name in names})

@@ -20,9 +20,10 @@ from typing import Any
 from ttt_harness.cluster.schedule import Piece, Schedule, Task, simulate
 from ttt_harness.config import TTTConfig
 from ttt_harness.errors import ConfigError, ReportError
+from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import find_runs
 from ttt_harness.sweep.display import duration
-from ttt_harness.sweep.grid import METHODS, Cell
+from ttt_harness.sweep.grid import Cell
 
 MOST_GPUS = 64
 # Workers that are busy for less than this part of the time are held up by something else than the work.
@@ -116,13 +117,13 @@ class _Named:
 def work_of(cell: Cell, tokens: Sequence[Tokens]) -> CellWork:
     """What the cell's method makes of its tasks' tokens."""
     args = cell.call["model_args"]
-    if METHODS[cell.method].model != "ttt_vllm":  # random guesses
+    if SETTINGS[cell.method].model != "ttt_vllm":  # random guesses
         return CellWork(cell, tuple(Task(one.name, 0, 0, one.questions) for one in tokens), (0,) * len(tokens), 0, "")
     config = TTTConfig.from_mapping(args)
     votes = {**(cell.call.get("metadata") or {}), **args}.get("vote_permutations", 1)
     alone = config.method.endswith("e2e") or cell.call.get("num_fewshot") == 0
     fits = [0.0] * len(tokens)
-    if METHODS[cell.method].fits:
+    if SETTINGS[cell.method].fits:
         pairs, epochs = config.method.endswith("e2e"), config.epochs or 0
         fits = [
             float(epochs * (one.pairs if pairs else config.num_permutations * one.demonstrations)) for one in tokens

@@ -1,9 +1,9 @@
 """Decoder layers on a GPU: torch.compile makes two functions of them, what comes before attention and what after.
 
-A layer of torchtune's, or of `ttt_harness.training.fused`, is some hundred calls from Python, which take longer than
-the GPU needs for a thousand tokens, and each elementwise one is a pass over memory. Compiled, what lies between two
-matmuls is one kernel, and all of it is two calls. Attention stays a call of its own, so that the number of sequences,
-of which a fit has one at a time or five, occurs in no compiled function: those see tokens, of any number.
+A layer of torchtune's, or of `ttt_harness.training.layers.fused`, is some hundred calls from Python, which take longer
+than the GPU needs for a thousand tokens, and each elementwise one is a pass over memory. Compiled, what lies between
+two matmuls is one kernel, and all of it is two calls. Attention stays a call of its own, so that the number of
+sequences, of which a fit has one at a time or five, occurs in no compiled function: those see tokens, of any number.
 
 What is computed is what the fused layers compute: projections of one input share a dropout mask (another than there,
 from the same random state), and the update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685.
@@ -22,8 +22,8 @@ from torch.nn import functional
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.attention import causal_attention
 from ttt_harness.training.families import window_mask
+from ttt_harness.training.layers.attention import causal_attention
 
 # Settings of a model and an adapter that one process may fit with.
 RECOMPILE_LIMIT = 64

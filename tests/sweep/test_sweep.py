@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from ttt_harness.config import METHODS as FIT_METHODS
+from ttt_harness import cli
 from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.errors import ConfigError
-from ttt_harness.harness.progress import Display, RunProgress, showing
-from ttt_harness.report import cli
+from ttt_harness.methods import METHODS as FIT_METHODS
+from ttt_harness.methods import SETTINGS
 from ttt_harness.report.summary import PUBLISHED
+from ttt_harness.run.progress import Display, RunProgress, showing
 from ttt_harness.sweep import display, runner
 from ttt_harness.sweep.cells import locked
 from ttt_harness.sweep.display import SweepDisplay, seconds_left
-from ttt_harness.sweep.grid import METHODS, cells_of, parse_methods, parse_seeds, read_yaml
+from ttt_harness.sweep.grid import cells_of, parse_methods, parse_seeds, read_yaml
 from ttt_harness.sweep.runner import lm_eval_call, run_cells
 
 OPTIONS = ["--model_args", "pretrained=m", "--tasks", "procedural_ttt", "--output_path", "out"]
@@ -34,17 +35,17 @@ def cell_of(method, seed=42, **options):
 
 class TestMethods:
     def test_are_those_of_the_study_and_of_the_summary(self):
-        assert list(METHODS) == list(PUBLISHED)
+        assert list(SETTINGS) == list(PUBLISHED)
 
     def test_every_method_of_the_model_is_reached(self):
-        assert {method.model_args.get("method") for method in METHODS.values()} == {None, *FIT_METHODS}
+        assert {method.model_args.get("method") for method in SETTINGS.values()} == {None, *FIT_METHODS}
 
-    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("name", SETTINGS)
     def test_every_argument_is_one_that_model_or_tasks_know(self, name):
-        assert set(METHODS[name].model_args) <= {*TTTConfig.names(), *TaskSettings.names()}
+        assert set(SETTINGS[name].model_args) <= {*TTTConfig.names(), *TaskSettings.names()}
 
     def test_no_two_ask_for_the_same(self):
-        asked = [json.dumps([m.model, dict(m.model_args), dict(m.options)], sort_keys=True) for m in METHODS.values()]
+        asked = [json.dumps([m.model, dict(m.model_args), dict(m.options)], sort_keys=True) for m in SETTINGS.values()]
         assert len(set(asked)) == len(asked)
 
     @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ class TestGrid:
         assert len({cell.folder(Path("out")) for cell in cells}) == 4
 
     def test_all_is_every_method_and_nothing_is_run_twice(self):
-        assert parse_methods("all") == list(METHODS)
+        assert parse_methods("all") == list(SETTINGS)
         assert parse_methods("ttt, icl,ttt") == ["ttt", "icl"]
         assert parse_methods(["ttt", "icl,e2e"]) == ["ttt", "icl", "e2e"]
 
@@ -130,7 +131,7 @@ class TestGrid:
     )
     def test_what_does_not_fit_into_a_grid_is_refused(self, change, said):
         with pytest.raises(ConfigError, match=said):
-            cells_of(list(METHODS), [42], call(**change))
+            cells_of(list(SETTINGS), [42], call(**change))
 
 
 class TestOptions:
@@ -193,7 +194,7 @@ def refused(capsys, *arguments):
 def test_an_argument_that_is_given_twice_is_said():
     """In a process of its own, where nothing has silenced lm-eval yet."""
     grid = ["--methods", "icl", "--seeds", "1", "--tasks", "t", "--output_path", "out", "--limit", "0"]
-    command = [sys.executable, "-m", "ttt_harness.report.cli", "sweep", *grid, "--model_args", "k=3,k=5"]
+    command = [sys.executable, "-m", "ttt_harness.cli", "sweep", *grid, "--model_args", "k=3,k=5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Overwriting key 'k': 3 -> 5" in done.stderr
 
