@@ -9,6 +9,8 @@ import time
 import psutil
 import pytest
 
+from ttt_harness.errors import ModelError
+
 pytestmark = pytest.mark.integration
 
 
@@ -118,15 +120,37 @@ def started_by(process, folder):
         return False
 
 
-def test_an_engine_that_starts_in_the_background_answers(tiny_model):
+def test_an_engine_that_raised_is_started_anew(tiny_model, tmp_path):
+    """One process for all: in the background, after a start that failed, and after requests that failed."""
     import ttt_harness.harness  # noqa: F401
-    from ttt_harness.serving.engine import Engine, SamplingParams, default_engine_args
+    from ttt_harness.serving.engine import SamplingParams, default_engine_args, shared_engine
 
-    engine = Engine(**default_engine_args(), model=str(tiny_model), max_model_len=128)
-    engine.start_soon()
-    engine.start_soon()
+    args = {**default_engine_args(), "model": str(tiny_model), "max_model_len": 128, "enable_lora": True}
+    engine = shared_engine(**args)
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    (output,) = engine.generate([{"prompt_token_ids": [1, 2, 3]}], params)
-    assert len(output.outputs[0].token_ids) == 2
+
+    def answer():
+        (output,) = shared_engine(**args).generate([{"prompt_token_ids": [1, 2, 3]}], params)
+        return list(output.outputs[0].token_ids)
+
+    weights = tiny_model / "model.safetensors"
+    weights.rename(tmp_path / "away")
+    engine.start_soon()
+    engine.start_soon()
+    with pytest.raises(ModelError, match="could not start"):
+        answer()
+    (tmp_path / "away").rename(weights)
+    engine.start_soon()
+    first = answer()
+    assert len(first) == 2
     assert engine.ready
+    for config in ("[]", "{}", "not JSON"):
+        adapter = tmp_path / f"adapter {config}"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(config)
+        (adapter / "adapter_model.safetensors").touch()
+        with pytest.raises(ModelError, match=r"^vLLM could not answer: .+\.$"):
+            engine.generate([{"prompt_token_ids": [1, 2, 3]}], params, lora_request=engine.adapter(config, adapter))
+        assert not engine.running
+    assert answer() == first
     engine.close()

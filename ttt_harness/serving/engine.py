@@ -11,7 +11,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,21 +120,28 @@ class Engine:
         Raises:
             ModelError: vLLM cannot start it.
         """
+        llm = self._started() or self._start()
+        self._llm = llm
+        if self._asleep:
+            with self._discarded_on_error("wake up"):
+                llm.wake_up()
+            self._asleep = False
+        return llm
+
+    def _started(self) -> LLM | None:
+        """The running engine, after a wait for one that is being started; None where there is none."""
         if self._starting is not None:
             starting, self._starting = self._starting, None
             self._llm = starting.result()
             atexit.unregister(_stop_starting)
-        if self._llm is None:
-            self._llm = self._start()
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
         return self._llm
 
     def _start(self) -> LLM:
         try:
             llm = LLM(**self.engine_args)
         except Exception as error:
+            # In this process it leaves what the next start would trip over: process groups, a part of the memory.
+            cleanup_dist_env_and_memory()
             raise ModelError(f"vLLM could not start: {_reason(error)}.") from error
         # vLLM ends its processes in a finalizer. Where that comes after multiprocessing's own exit function, which
         # waits for these processes, Python would never end; which comes first depends on what was imported when.
@@ -145,7 +152,9 @@ class Engine:
         """Give the GPU's memory to others until the next request: the weights move to the host's memory."""
         if self.running and not self._asleep:
             # Level 2, which drops the weights, crashes at wake-up with LoRA.
-            self.start().sleep(level=1)
+            llm = self.start()
+            with self._discarded_on_error("give its memory to the fits"):
+                llm.sleep(level=1)
             self._asleep = True
 
     def generate(
@@ -155,8 +164,30 @@ class Engine:
         use_tqdm: bool = False,  # noqa: ARG002 - lm-eval passes it; the run has one progress display of its own
         lora_request: LoRARequest | list[LoRARequest] | None = None,
     ) -> list[RequestOutput]:
-        """Answer `prompts` in order, all with the same adapter, each with its own, or with none."""
-        return self.start().generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
+        """Answer `prompts` in order, all with the same adapter, each with its own, or with none.
+
+        Raises:
+            ModelError: vLLM cannot start, or cannot answer. The next request then starts a new engine.
+        """
+        llm = self.start()
+        with self._discarded_on_error("answer"):
+            return llm.generate(prompts, sampling_params, use_tqdm=False, lora_request=lora_request)
+
+    @contextlib.contextmanager
+    def _discarded_on_error(self, what: str) -> Iterator[None]:
+        """Stop an engine that raises while it is to do `what`: it would go on with the failed request for ever.
+
+        Raises:
+            ModelError: what vLLM raised, in one sentence.
+        """
+        try:
+            yield
+        except BaseException as error:  # Ctrl-C too leaves requests behind
+            if not isinstance(error, Exception):
+                self.close(timeout=0)
+                raise
+            self.close()
+            raise ModelError(f"vLLM could not {what}: {_reason(error)}.") from error
 
     def changes_output(self, adapter: LoRARequest, prompt: Sequence[int]) -> bool:
         """Whether `adapter` changes the likeliest next tokens, or their log-probabilities, after `prompt`."""
@@ -176,14 +207,23 @@ class Engine:
             self._adapters[name] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
         return self._adapters[name]
 
-    def close(self) -> None:
-        """Stop the engine and free its memory; a later request starts it again."""
-        if self.running:
-            with contextlib.suppress(ModelError):  # one that did not start has nothing to stop
-                self.start().llm_engine.engine_core.shutdown()
-            atexit.unregister(_end)
-            self._llm = None
-            cleanup_dist_env_and_memory()
+    def close(self, timeout: float | None = None) -> None:
+        """Stop the engine and free its memory; a later request starts it again.
+
+        Args:
+            timeout: seconds that its processes have to end by themselves; None for vLLM's own choice.
+        """
+        try:
+            llm = self._started()
+        except ModelError:  # one that did not start has nothing to stop
+            return
+        if llm is None:
+            return
+        llm.llm_engine.engine_core.shutdown(timeout=timeout)
+        atexit.unregister(_end)
+        self._llm = None
+        self._asleep = False
+        cleanup_dist_env_and_memory()
 
 
 def _end(llm: LLM) -> None:
