@@ -3,6 +3,9 @@
 Each goes into an environment of its own, which sees this one's packages through path entries. Nothing is downloaded.
 """
 
+import email
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+
+import ttt_harness
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "ttt_harness_startup.pth"
-BUILD_FILES = ("setup.cfg", "setup.py", "pyproject.toml", "README.md", HOOK)
 PIP_OPTIONS = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation")
 
 
@@ -45,7 +50,8 @@ class Environment:
     def python(self, *arguments: str) -> str:
         """What the environment's Python prints, run away from the checkout."""
         command = [str(self.folder / "bin" / "python"), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder)
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder, env=own)
         assert result.returncode == 0, f"{arguments}: {result.stderr}"
         return result.stdout
 
@@ -53,15 +59,31 @@ class Environment:
         return self.python("-m", "pip", *arguments)
 
 
+def tree() -> set[str]:
+    """The project's files: those that git knows or would add, or all of an unpacked source distribution."""
+    if not (ROOT / ".git").exists():
+        made = (
+            "__pycache__",
+            ".venv",
+            ".pytest_cache",
+            ".mypy_cache",
+            ".ruff_cache",
+            "ttt_harness.egg-info",
+            "PKG-INFO",
+        )
+        return {name for name in files_in(ROOT) if not set(Path(name).parts) & set(made)}
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return {name for name in listed if (ROOT / name).is_file()}
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, so that nothing is written into the checkout."""
+    """A copy of the working tree, so that nothing is written into the checkout."""
     folder = tmp_path_factory.mktemp("source")
-    for name in BUILD_FILES:
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
-    for name in ("ttt_harness", "task_configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in tree():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
@@ -103,16 +125,46 @@ def test_wheel_holds_every_file_that_is_used_and_the_hook(wheel: Path, source: P
     assert names == package | tasks | {HOOK}
 
 
-def test_source_distribution_holds_the_task_files_and_the_hook(
-    empty: Environment, source: Path, tmp_path: Path
+def test_source_distribution_is_the_tree_and_builds_the_same_wheel(
+    empty: Environment, source: Path, wheel: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(source, tmp_path / "copy")
-    code = f"import os, setuptools.build_meta as build; os.chdir({str(tmp_path / 'copy')!r}); build.build_sdist('..')"
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    code = f"import os, setuptools.build_meta as build; os.chdir({str(copy)!r}); build.build_sdist('..')"
     empty.python("-c", code)
     (archive,) = tmp_path.glob("ttt_harness-*.tar.gz")
     with tarfile.open(archive) as content:
-        names = {name.partition("/")[2] for name in content.getnames()}
-    assert {f"task_configs/{name}" for name in files_in(source / "task_configs")} | {HOOK} <= names
+        names = {member.name.partition("/")[2] for member in content.getmembers() if member.isfile()}
+    made = {name for name in names if name == "PKG-INFO" or ".egg-info/" in name}
+    assert names - made == tree()
+    empty.pip("wheel", *PIP_OPTIONS, "--wheel-dir", str(tmp_path), str(archive))
+    assert zipfile.ZipFile(tmp_path / wheel.name).namelist() == zipfile.ZipFile(wheel).namelist()
+
+
+def test_metadata_state_licence_author_and_version(wheel: Path) -> None:
+    content = zipfile.ZipFile(wheel)
+    (name,) = [name for name in content.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(content.read(name))
+    assert metadata["Version"] == ttt_harness.__version__
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Author"] == "ttt_harness contributors"
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+
+
+def test_the_citation_and_the_changes_are_of_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == ttt_harness.__version__
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", ttt_harness.__version__]
+
+
+def test_hooks_before_a_commit_run_what_make_check_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    (recipe,) = re.findall(
+        r"^check: install\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    commands = [line.strip().removesuffix(" .") for line in recipe.splitlines()]
+    assert [hook["entry"].removesuffix(" --force-exclude") for hook in hooks] == commands
 
 
 def test_start_imports_no_more_than_without(installed: Environment, empty: Environment) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TTTVLLM", "TTTConfig", "TTTError", "TTTTask"]
 
+__version__ = "0.1.0"  # setup.cfg reads it here
+
 _MODULES = {
     "TTTConfig": "ttt_harness.config",
     "TTTError": "ttt_harness.errors",

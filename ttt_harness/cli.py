@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ttt_harness import __version__
 from ttt_harness.errors import ConfigError, ReportError, TTTError
 
 Subparsers = Any  # argparse._SubParsersAction has no public name
@@ -19,6 +20,7 @@ Subparsers = Any  # argparse._SubParsersAction has no public name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (by default the process's own). Returns the exit status; bad input is one sentence."""
     parser = argparse.ArgumentParser(prog="ttt-harness", description="Sweep, compare and show lm_eval runs.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(subparsers)

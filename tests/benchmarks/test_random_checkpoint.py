@@ -1,6 +1,7 @@
 """Checkpoints of a published geometry load everywhere, and never choose a token that their tokenizer lacks."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def tiny(tiny_model, tmp_path_factory):
 
 
 def test_transformers_loads_every_weight(tiny):
-    model, report = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    model, report = loaded
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert model.dtype == torch.bfloat16

@@ -62,7 +62,7 @@ def solve_navigate(text):
         r"(Always face forward\. )?((?:[A-Z][a-z0-9 ]+\. ?)+)\nOptions:\n- Yes\n- No"
     )
     fixed, body = re.fullmatch(pattern, text).groups()
-    position, heading = 0, 1j
+    position, heading = 0j, 1j
     for instruction in body.strip(".").split(". "):
         if turn := re.fullmatch(r"Turn (left|right|around)", instruction):
             assert not fixed

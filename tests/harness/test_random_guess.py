@@ -5,6 +5,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -96,7 +97,8 @@ def test_a_guess_passes_the_filter_unchanged(config):
 
 
 def test_the_mean_of_the_expectations_is_the_published_average():
-    configs = [param.values[0] for param in YAMLS if param.values[0]["task"].startswith("bbh_ttt_")]
+    yamls: list[Any] = [param.values[0] for param in YAMLS]
+    configs = [config for config in yamls if config["task"].startswith("bbh_ttt_")]
     chances = [1 / len(choices) if (choices := config["metadata"].get("choices")) else 0.0 for config in configs]
     assert len(chances) == 27
     assert 100 * sum(chances) / 27 == pytest.approx(PUBLISHED["average"]["random"], abs=0.005)

@@ -57,7 +57,7 @@ def write_run(
         mean = sum(values) / n
         error: float | str = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else "N/A"
         results[task] = {"name": task, "alias": task, "sample_len": n, key: mean, error_key: error}
-        lines = []
+        lines: list[dict[str, Any]] = []
         for i, value in enumerate(values):
             text = question(task, i)
             shown = prompt(task, i) if prompt else f"{task}\n\nQ: one\nA: True\n\nQ: {text}\nA:"

@@ -42,7 +42,7 @@ def test_a_question_that_one_seed_shows_as_a_demonstration_counts_with_the_other
         for seed, first in ((42, 0), (43, 1)):
             write(tmp_path / name, scores, lambda task, i, first=first: f"{task} question {i + first}", seeds=(seed,))
         runs.append(find_compared(tmp_path / name)[0])
-    (row,) = compare_runs(*runs[:1], runs[1:]).others[0].rows
+    (row,) = compare_runs(runs[0], runs[1:]).others[0].rows
     assert row.n == 7
     means = [0, 0, 1, 0.5, 0.5, 0.5, 1]  # question 1: seed 42's second and seed 43's first, and so on
     assert row.base.value == pytest.approx(sum(means) / 7)

@@ -107,7 +107,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(trainer, sequences, m
         targets = torch.where(labelled, tokens, -100)[:, 1:].flatten()
         losses.append(functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
     labels = sum(sum(sequence.labelled) for sequence in sequences)
-    expected = sum(losses) / labels
+    expected = torch.stack(losses).sum() / labels
     adapter = list(get_adapter_params(trainer.model).values())
     gradients = torch.autograd.grad(expected, adapter)
     assert loss == pytest.approx(expected.item(), rel=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ttt_harness.training import attention
+from ttt_harness.training.layers import attention
 from ttt_harness.training.layers.attention import CausalAttention
 
 
