@@ -92,7 +92,7 @@ def test_answers_beside_fits_are_the_same_the_longest_first(first_run, evaluate,
     def make_with_plan(self, *args, **options):
         make(self, *args, **options)
         made.append(self)
-        self._memory = plan_memory(64 * GIB, Sizes.of(self._shape, 8, self._dtype), [2048])
+        self._memory = plan_memory(64 * GIB, Sizes.of(self._shape, 8, self.dtype), [2048])
 
     monkeypatch.setattr(TTTVLLM, "__init__", make_with_plan)
     beside = evaluate(adapter_dir=str(tmp_path / "adapters"))

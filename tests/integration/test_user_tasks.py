@@ -119,7 +119,7 @@ def test_tokens_of_training_texts_are_those_that_lm_eval_scores(evaluate, chat_m
         assert len(pairs) > 20
         for context, continuation in pairs:
             scored = model._encode_pair(context, continuation)
-            assert model._encode(context + continuation)[0] == [*scored[0], *scored[1]]
+            assert model.encode(context + continuation)[0] == [*scored[0], *scored[1]]
 
 
 def test_a_template_without_a_system_turn_is_refused_before_any_model_is_loaded(

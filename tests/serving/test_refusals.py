@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_harness.errors import ConfigError
-from ttt_harness.harness.model import _count, _share_of_gpu
+from ttt_harness.harness.model_arguments import gpu_share, positive_int
 from ttt_harness.serving.engine import _reason
 
 # of multiprocessing, where a script without `if __name__ == "__main__":` starts an engine in a process of its own
@@ -41,18 +41,18 @@ def test_a_long_message_is_cut_between_words():
 @pytest.mark.parametrize("given", ["much", "", 0, -0.5, 1.5, float("nan"), [0.5]])
 def test_a_share_of_the_gpu_is_refused(given):
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=.* above 0 and at most 1\.$"):
-        _share_of_gpu(given)
+        gpu_share(given)
 
 
 @pytest.mark.parametrize("given", ["8k", 0, -1, 2.5, True])
 def test_a_number_of_tokens_is_refused(given):
     with pytest.raises(ConfigError, match=r"max_model_len=.* whole number of tokens, at least 1\.$"):
-        _count({"max_model_len": given}, "max_model_len", "tokens")
+        positive_int({"max_model_len": given}, "max_model_len", "tokens")
 
 
 def test_what_is_allowed_is_taken():
-    assert [_share_of_gpu(given) for given in (None, 1, "0.3")] == [0.9, 1.0, 0.3]
-    assert [_count({"max_model_len": given}, "max_model_len", "tokens") for given in (None, 8192, "8192")] == [
+    assert [gpu_share(given) for given in (None, 1, "0.3")] == [0.9, 1.0, 0.3]
+    assert [positive_int({"max_model_len": given}, "max_model_len", "tokens") for given in (None, 8192, "8192")] == [
         None,
         8192,
         8192,

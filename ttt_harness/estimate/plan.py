@@ -364,11 +364,11 @@ def plan(
 def _encoder(model_args: Mapping[str, Any]) -> Callable[[str], Sequence[Any]]:
     from transformers import AutoTokenizer
 
-    from ttt_harness.harness.model import _model_dir
+    from ttt_harness.harness.model_arguments import local_model
 
     if not model_args.get("pretrained"):
         raise ConfigError("pretrained is missing: name the model whose tokens are counted with --model_args.")
-    folder = _model_dir(str(model_args["pretrained"]), model_args.get("revision"))
+    folder = local_model(str(model_args["pretrained"]), model_args.get("revision"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
