@@ -52,7 +52,7 @@ def load(name, folder=USER_TASKS, **metadata):
 
 
 def twin(task, monkeypatch):
-    """lm-eval's own class with the same YAML, and with the task's demonstrations as listed samples."""
+    """lm-eval's own class with the same YAML, told to answer greedily, and the task's demonstrations as listed samples."""
     config = load_yaml(USER_TASKS / f"{task.config.task}.yaml")
     for key in ("class", "tag", "fewshot_split", "custom_dataset"):
         config.pop(key, None)
@@ -64,7 +64,10 @@ def twin(task, monkeypatch):
     if config["task"] == "sums":
         config["doc_to_target"] = "{{answer}}"  # lm-eval stops at a column of numbers
     monkeypatch.setattr(ConfigurableTask, "download", lambda self, *_, **__: setattr(self, "dataset", task.dataset))
-    return ConfigurableTask(config=config)
+    plain = ConfigurableTask(config=config)
+    if plain.OUTPUT_TYPE == "generate_until":
+        plain.set_config("generation_kwargs", {"do_sample": False, "temperature": 0.0}, update=True)
+    return plain
 
 
 def asked(task, docs, **options):

@@ -24,6 +24,7 @@ from ttt_harness.data.support import Chat, Demonstration, SupportSet
 from ttt_harness.errors import ConfigError, DataError, TTTError
 from ttt_harness.harness import declaration
 from ttt_harness.harness.filters import vote
+from ttt_harness.harness.generation import greedy_unless_sampled
 
 Doc = Mapping[str, Any]
 
@@ -464,6 +465,8 @@ class TTTTask(ConfigurableTask):
                 f"--cache_requests is not allowed for {self.where}: lm-eval's cache knows neither the seed nor the "
                 "demonstrations; leave it out."
             )
+        if self.OUTPUT_TYPE == "generate_until":  # here, since the command line's arguments come after construction
+            self.config.generation_kwargs = greedy_unless_sampled(self.config.generation_kwargs or {}, self.where)
         try:
             super().build_all_requests(**kwargs)
         except TTTError as error:
