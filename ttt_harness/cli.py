@@ -5,20 +5,24 @@ a subcommand runs, so that `--help` answers at once.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ttt_harness import __version__
-from ttt_harness.errors import ConfigError, ReportError, TTTError
+from ttt_harness.errors import ConfigError, ReportError
+from ttt_harness.terminal import complain, run_command
 
 Subparsers = Any  # argparse._SubParsersAction has no public name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (by default the process's own). Returns the exit status; bad input is one sentence."""
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ttt-harness", description="Sweep, compare and show lm_eval runs.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -28,14 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others and not getattr(args, "passes_options", False):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.options = others
-    try:
-        return int(args.run(args))
-    except TTTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `ttt-harness compare ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return int(args.run(args))
 
 
 def _add_compare(subparsers: Subparsers) -> None:
@@ -90,7 +87,7 @@ def _compare(args: argparse.Namespace) -> int:
         }
         sys.stdout.write(writers[args.format](comparison))
         for warning in [*remarks, *(f"{a.label}: {w}" for a in comparison.others for w in a.warnings)]:
-            print(f"warning: {warning}", file=sys.stderr)
+            complain(f"warning: {warning}")
     sys.stdout.flush()
     return 0
 
@@ -138,7 +135,7 @@ def _report(args: argparse.Namespace) -> int:
         base, remarks = find_run(args.base)
         base = next((run for run in runs if same_run(run, base)), base)
         for remark in remarks:
-            print(f"warning: {remark}", file=sys.stderr)
+            complain(f"warning: {remark}")
     page = build_page(
         runs,
         names={run: name for run, name in named if name},
@@ -256,7 +253,7 @@ def _summary(args: argparse.Namespace) -> int:
         sys.stdout.write(writers[args.format](found))
         if args.format == "csv":
             for remark in found.remarks:
-                print(f"note: {remark}", file=sys.stderr)
+                complain(f"note: {remark}")
     sys.stdout.flush()
     return 0
 
