@@ -50,7 +50,7 @@ def make(
         "lora": {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout},
         "batch_size": config.fit_batch_size,
         "beside": beside,
-        "fits": [[[list(sequence.tokens), list(sequence.labelled)] for sequence in fit] for fit in fits],
+        "fits": [[[list(sequence.tokens), list(sequence.loss_mask)] for sequence in fit] for fit in fits],
     }
     (folder / "order.json").write_text(json.dumps(order))
     process.run(
@@ -69,7 +69,7 @@ def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[Tra
     what a batch of any size leaves behind, its gradient. Five of them would take minutes on a CPU.
     """
     repeats = length // len(sequence.tokens) + 1
-    long = TrainingSequence((sequence.tokens * repeats)[:length], (sequence.labelled * repeats)[:length])
+    long = TrainingSequence((sequence.tokens * repeats)[:length], (sequence.loss_mask * repeats)[:length])
     return [long] * count
 
 
@@ -93,7 +93,7 @@ def _make(order: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(model_dir, shape, **order["lora"], dtype=dtype, device=order["device"], **share)
     seconds = []
     for fit in order["fits"]:
-        sequences = [TrainingSequence(tuple(tokens), tuple(labelled)) for tokens, labelled in fit]
+        sequences = [TrainingSequence(tuple(tokens), tuple(loss_mask)) for tokens, loss_mask in fit]
         result = trainer.fit(sequences, batch_size=order["batch_size"], epochs=1, lr=1e-4, warmup_ratio=0.0, seed=0)
         seconds.append(result.seconds)
     base = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if not p.requires_grad)

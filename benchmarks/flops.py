@@ -66,7 +66,7 @@ def fit_flops(shape: ModelShape, rank: int, sequences: Iterable[TrainingSequence
         length = len(sequence.tokens)
         total += per_token * length
         total += 3 * attention_pair(shape) * pairs(0, length)
-        total += 4 * output_weights(shape) * sum(sequence.labelled)
+        total += 4 * output_weights(shape) * sum(sequence.loss_mask)
     return total
 
 

@@ -19,8 +19,8 @@ def write_sequences(path: Path, sequences: list[TrainingSequence]) -> None:
     with path.open("w") as file:
         for sequence in sequences:
             labels = [
-                token if labelled else CROSS_ENTROPY_IGNORE_IDX
-                for token, labelled in zip(sequence.tokens, sequence.labelled, strict=True)
+                token if predicted else CROSS_ENTROPY_IGNORE_IDX
+                for token, predicted in zip(sequence.tokens, sequence.loss_mask, strict=True)
             ]
             file.write(json.dumps({"tokens": sequence.tokens, "labels": labels}) + "\n")
 

@@ -36,7 +36,7 @@ def test_weights():
 
 
 def test_a_fit():
-    sequence = TrainingSequence(tokens=(1, 2, 3), labelled=(False, False, True))
+    sequence = TrainingSequence(tokens=(1, 2, 3), loss_mask=(False, False, True))
     weights = 3 * (4 * 288 + 6 * 116)
     attention = 3 * 6 * (2 * 4 * 4)  # forward and twice backward, 6 pairs under the causal mask, 2 layers x 4 x width
     logits = 4 * 40 * 1

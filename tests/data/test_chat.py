@@ -62,7 +62,7 @@ def turns(*texts, head="Answer."):
 
 def labelled_runs(tokenizer, sequence):
     runs, before = [], False
-    for token, labelled in zip(sequence.tokens, sequence.labelled, strict=True):
+    for token, labelled in zip(sequence.tokens, sequence.loss_mask, strict=True):
         if labelled:
             runs = runs if before else [*runs, []]
             runs[-1].append(token)

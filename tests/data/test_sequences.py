@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from ttt_harness.data.masks import label_mask, untouched
+from ttt_harness.data.masks import loss_mask, spans_without_tokens
 from ttt_harness.data.sequences import in_context_sequences, permutations, single_pair_sequences, tokenize
 from ttt_harness.data.support import Demonstration, SupportSet, in_context_text
 from ttt_harness.errors import DataError
@@ -47,9 +47,9 @@ def test_masks_are_what_their_definition_says_of_each_token_and_span():
             index > 0 and stop > 0 and any(start < stop <= end for start, end in spans)
             for index, (_, stop) in enumerate(tokens)
         ]
-        assert label_mask(tokens, spans, loss_on="outputs") == expected
-        assert sum(label_mask(tokens, spans, loss_on="all")) == len(tokens) - 2
-        assert untouched(tokens, spans) == [
+        assert loss_mask(tokens, spans, loss_on="outputs") == expected
+        assert sum(loss_mask(tokens, spans, loss_on="all")) == len(tokens) - 2
+        assert spans_without_tokens(tokens, spans) == [
             (start, end) for start, end in spans if not any(a < end and start < b and a < b for a, b in tokens)
         ]
 
@@ -79,7 +79,7 @@ def test_a_training_sequence_is_the_head_of_every_prompt(tokenizer, encode, orde
 def labelled_texts(tokenizer, sequence):
     """The labelled tokens as texts, one for each run of them."""
     runs, open_run = [], False
-    for token, labelled in zip(sequence.tokens, sequence.labelled, strict=True):
+    for token, labelled in zip(sequence.tokens, sequence.loss_mask, strict=True):
         if labelled and not open_run:
             runs.append([])
         if labelled:
@@ -106,14 +106,14 @@ def test_masks_partition_the_tokens(encode):
     for _ in range(20):
         order = tuple(rng.sample(range(4), 4))
         annotated = in_context_text(SUPPORT, order)
-        masks = {on: tokenize(annotated, encode, loss_on=on).labelled for on in ("all", "outputs", "last")}
+        masks = {on: tokenize(annotated, encode, loss_on=on).loss_mask for on in ("all", "outputs", "last")}
         assert masks["all"] == (False,) + (True,) * (len(masks["all"]) - 1)
         assert all(a or not b for a, b in zip(masks["outputs"], masks["last"], strict=True))
         # Each answer's tokens are found, and no answer shares a token with another.
         pieces = [
             tokenize(
                 type(annotated)(annotated.text, (span,), annotated.continuation), encode, loss_on="outputs"
-            ).labelled
+            ).loss_mask
             for span in annotated.answers
         ]
         assert [sum(column) for column in zip(*pieces, strict=True)] == [int(m) for m in masks["outputs"]]
@@ -132,8 +132,8 @@ def test_a_special_token_at_the_start_is_never_labelled(tokenizer):
         return [tokenizer.bos_token_id, *encoding.input_ids], [(0, 0), *encoding.offset_mapping]
 
     sequence = tokenize(in_context_text(SUPPORT, (0, 1, 2, 3)), encode_with_bos, loss_on="all")
-    assert sequence.labelled[0] is False
-    assert sequence.labelled[1] is True
+    assert sequence.loss_mask[0] is False
+    assert sequence.loss_mask[1] is True
 
 
 def test_answers_without_a_token_are_refused(encode):

@@ -63,7 +63,7 @@ def test_trained_logits_are_those_of_vllm(name, save_tokenizer, tmp_path):
     seen = []
     for seed in (1, 2):
         result = trainer.fit(sequences, **fit, seed=seed)
-        stored = store.save(f"adapter{seed}", result.weights, base_model=str(model_dir), **LORA, record={})
+        stored = store.save(f"adapter{seed}", result.peft_state_dict(), base_model=str(model_dir), **LORA, record={})
         adapter = engine.adapter(stored.key, stored.path)
         served = prompt_logprobs(engine, tokens, adapter)
         torch.testing.assert_close(served, trained_logprobs(trainer, tokens), rtol=1e-3, atol=2e-3)
@@ -73,7 +73,7 @@ def test_trained_logits_are_those_of_vllm(name, save_tokenizer, tmp_path):
     assert (seen[0] - seen[1]).abs().max() > 1e-2  # each adapter under its own name
     without_effect = trainer.fit(sequences, **{**fit, "epochs": 0}, seed=1)
     torch.testing.assert_close(plain, trained_logprobs(trainer, tokens), rtol=1e-3, atol=2e-3)
-    stored = store.save("none", without_effect.weights, base_model=str(model_dir), **LORA, record={})
+    stored = store.save("none", without_effect.peft_state_dict(), base_model=str(model_dir), **LORA, record={})
     assert not engine.changes_output(engine.adapter("none", stored.path), tokens[:32])
     engine.close()
 

@@ -15,7 +15,7 @@ from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import FAMILIES, ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, labelled_states
+from ttt_harness.training.trainer import Trainer, target_states
 
 FIT = {"batch_size": 2, "epochs": 3, "lr": 2e-2, "warmup_ratio": 0.0, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
@@ -72,35 +72,35 @@ def test_every_row_of_the_table_has_a_checkpoint():
 def test_trained_logits_are_those_of_transformers_and_peft(name, checkpoint, sequences, tmp_path):
     trainer = make_trainer(checkpoint(name))
     base = transformers_model(checkpoint(name))
-    tokens, labelled = torch.tensor([sequences[1].tokens]), torch.tensor([sequences[1].labelled])
+    tokens, loss_mask = torch.tensor([sequences[1].tokens]), torch.tensor([sequences[1].loss_mask])
     trainer.fit(sequences, **{**FIT, "epochs": 0})
     trainer.model.eval()
     with torch.no_grad():
         plain = base(tokens).logits
         torch.testing.assert_close(trainer.model(tokens), plain, rtol=1e-3, atol=1e-3)
     result = trainer.fit(sequences, **FIT)
-    write_adapter(tmp_path, result.weights, base_model=str(checkpoint(name)), **LORA)
+    write_adapter(tmp_path, result.peft_state_dict(), base_model=str(checkpoint(name)), **LORA)
     trainer.model.eval()
     with torch.no_grad():
         trained = trainer.model(tokens)
-        of_labels = trainer.model.output(labelled_states(trainer.model, tokens, labelled))
+        of_labels = trainer.model.output(target_states(trainer.model, tokens, loss_mask))
         served = PeftModel.from_pretrained(base, tmp_path)(tokens).logits
     torch.testing.assert_close(trained, served, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(of_labels, served[:, :-1][labelled[:, 1:]], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(of_labels, served[:, :-1][loss_mask[:, 1:]], rtol=1e-3, atol=1e-3)
     assert (trained - plain).abs().max() > 0.1  # so the adapter has an effect to compare
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma", "gemma2"])
 def test_gradients_are_those_of_transformers_and_peft(name, checkpoint, sequences, tmp_path):
     trainer = make_trainer(checkpoint(name))
-    write_adapter(tmp_path, trainer.fit(sequences, **FIT).weights, base_model=str(checkpoint(name)), **LORA)
+    write_adapter(tmp_path, trainer.fit(sequences, **FIT).peft_state_dict(), base_model=str(checkpoint(name)), **LORA)
     trainer.model.eval()  # without dropout, whose random numbers differ
-    tokens, labelled = torch.tensor([sequences[1].tokens]), torch.tensor([sequences[1].labelled])
-    ours = trainer.model.output(labelled_states(trainer.model, tokens, labelled))
-    functional.cross_entropy(ours, tokens[labelled]).backward()
+    tokens, loss_mask = torch.tensor([sequences[1].tokens]), torch.tensor([sequences[1].loss_mask])
+    ours = trainer.model.output(target_states(trainer.model, tokens, loss_mask))
+    functional.cross_entropy(ours, tokens[loss_mask]).backward()
     served = PeftModel.from_pretrained(transformers_model(checkpoint(name)), tmp_path, is_trainable=True).eval()
-    theirs = served(tokens).logits[:, :-1][labelled[:, 1:]]
-    functional.cross_entropy(theirs, tokens[labelled]).backward()
+    theirs = served(tokens).logits[:, :-1][loss_mask[:, 1:]]
+    functional.cross_entropy(theirs, tokens[loss_mask]).backward()
     gradients = {key: parameter.grad for key, parameter in served.named_parameters() if parameter.requires_grad}
     ours = FAMILIES[trainer.shape.architecture].to_peft(
         {key: parameter.grad for key, parameter in trainer.adapter.items()}, trainer.shape
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_transformers_and_peft(name, checkpoint, sequence
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma", "gemma2", "phi3"])
 def test_bfloat16_trains_too(name, checkpoint, sequences):
     result = make_trainer(checkpoint(name), torch.bfloat16).fit(sequences, **{**FIT, "epochs": 6})
-    assert all(tensor.dtype == torch.bfloat16 for tensor in result.weights.values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in result.peft_state_dict().values())
     assert result.losses[-1] < result.losses[0]
 
 
@@ -122,7 +122,7 @@ def test_capped_scores_are_not_kept_for_the_gradient(checkpoint):
     kept = []
     for length in (64, 128):
         tokens = torch.zeros((1, length), dtype=torch.long)
-        labelled = torch.ones_like(tokens, dtype=torch.bool)
+        loss_mask = torch.ones_like(tokens, dtype=torch.bool)
         sizes = []
 
         def count(tensor, sizes=sizes):
@@ -130,14 +130,14 @@ def test_capped_scores_are_not_kept_for_the_gradient(checkpoint):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            labelled_states(model, tokens, labelled)
+            target_states(model, tokens, loss_mask)
         kept.append(sum(sizes))
     assert kept[1] < 2.2 * kept[0]
 
 
 def test_an_adapter_of_fused_projections_is_the_sum_of_its_parts(checkpoint, sequences, tmp_path):
     trainer = make_trainer(checkpoint("phi3"))
-    weights = trainer.fit(sequences, **FIT).weights
+    weights = trainer.fit(sequences, **FIT).peft_state_dict()
     write_adapter(tmp_path, weights, base_model="phi3", **LORA)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (trainer.shape.adapter_rank(8), 32) == (16, 32)

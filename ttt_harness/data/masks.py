@@ -4,12 +4,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 
-def label_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], *, loss_on: str) -> list[bool]:
+def loss_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], *, loss_on: str) -> list[bool]:
     """Mark the tokens that the model is trained to predict.
 
     A token belongs to the region of its last character, so one that joins a delimiter to an answer (" True") belongs
-    to the answer. The first token is never marked, for nothing comes before it; nor are special tokens, which have no
-    characters.
+    to the answer. The first token is never marked, since nothing comes before it. Special tokens are never marked,
+    since they stand for no characters.
 
     Args:
         offsets: the character span (first, one past the last) of each token, shape [tokens].
@@ -29,8 +29,8 @@ def label_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, 
     return marked
 
 
-def untouched(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those of `spans` of which no token stands for a character; offsets as in `label_mask`."""
+def spans_without_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of `spans` of which no token stands for a character; offsets as in `loss_mask`."""
     real = [(first, stop) for first, stop in offsets if first < stop]  # special tokens have no characters
     stops = [stop for _, stop in real]
 

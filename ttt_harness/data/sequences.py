@@ -1,4 +1,4 @@
-"""From a support set to training sequences: permuted in-context texts, then token ids and labels.
+"""From a support set to training sequences: permuted in-context texts, then token ids and a loss mask.
 
 A training text is a prompt up to the end of its last demonstration, under a permutation of the demonstrations. It is
 made by `support.py`, or by `chat.py` where the prompts go through a chat template. It is tokenized whole, as a prompt
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ttt_harness.data.chat import asked_text, conversation_text
-from ttt_harness.data.masks import label_mask, untouched
+from ttt_harness.data.masks import loss_mask, spans_without_tokens
 from ttt_harness.data.support import AnnotatedText, Render, SupportSet, in_context_text
 from ttt_harness.errors import DataError
 
@@ -21,10 +21,10 @@ Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """Token ids and, for each, whether the model is trained to predict it. Both have shape [tokens]."""
+    """Token ids, and for each token whether the loss counts its prediction. Both have shape [tokens]."""
 
     tokens: tuple[int, ...]
-    labelled: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
 
 
 def permutations(k: int, count: int, *, seed: int, shuffle: bool = True) -> list[tuple[int, ...]]:
@@ -50,7 +50,7 @@ def permutations(k: int, count: int, *, seed: int, shuffle: bool = True) -> list
 
 
 def tokenize(annotated: AnnotatedText, encode: Encode, *, loss_on: str) -> TrainingSequence:
-    """Tokenize a training text exactly as the head of a longer prompt, and label its tokens.
+    """Tokenize a training text exactly as the head of a longer prompt, and mark the tokens of its loss.
 
     The text is tokenized together with what would follow it, and cut off again: a tokenizer may merge the ending of
     the last demonstration differently at the end of a text.
@@ -62,15 +62,15 @@ def tokenize(annotated: AnnotatedText, encode: Encode, *, loss_on: str) -> Train
     ids, offsets = encode(annotated.text + annotated.continuation)
     # A token that reaches into the continuation is not one that every prompt has.
     keep = next((index for index, (_, stop) in enumerate(offsets) if stop > end), len(offsets))
-    labelled = label_mask(offsets[:keep], annotated.answers, loss_on=loss_on)
-    lost = [annotated.text[slice(*span)] for span in untouched(offsets[:keep], annotated.targets)]
-    if lost or not any(labelled):
+    mask = loss_mask(offsets[:keep], annotated.answers, loss_on=loss_on)
+    lost = [annotated.text[slice(*span)] for span in spans_without_tokens(offsets[:keep], annotated.targets)]
+    if lost or not any(mask):
         raise DataError(
             f"no token to train on (loss_on={loss_on}): the answers of the demonstrations tokenize to nothing"
             f"{f' ({lost[0]!r}, for one)' if lost else ''}; give them answers that the model's tokenizer knows "
             "(doc_to_target), or take these examples out of the data."
         )
-    return TrainingSequence(tuple(ids[:keep]), tuple(labelled))
+    return TrainingSequence(tuple(ids[:keep]), tuple(mask))
 
 
 def in_context_sequences(

@@ -328,7 +328,7 @@ class TTTVLLM(Answering):
 
     def _key(self, sequences: Sequence[TrainingSequence]) -> str:
         """The name of the adapter that is fitted on `sequences` with this run's settings."""
-        ids = hashlib.sha256(json.dumps([(s.tokens, s.labelled) for s in sequences]).encode()).hexdigest()
+        ids = hashlib.sha256(json.dumps([(s.tokens, s.loss_mask) for s in sequences]).encode()).hexdigest()
         config = self.ttt_config
         return adapter_key(
             {
@@ -413,7 +413,7 @@ class TTTVLLM(Answering):
         with held:
             self._adapters[group.key] = self.store.save(
                 group.key,
-                result.weights,
+                result.peft_state_dict(),
                 base_model=str(self.model_dir),
                 rank=config.lora_rank,
                 alpha=config.lora_alpha,

@@ -53,25 +53,23 @@ T = TypeVar("T")
 class FitResult:
     """A fitted adapter and how it came about.
 
-    trained: torchtune name -> tensor, a copy of the trainer's where that is. shape: of the base model. losses: of each
-    step. tokens: seen. seconds: wall-clock.
+    tune_state_dict: torchtune name -> tensor, a copy on the trainer's device. shape: of the base model. losses: one for
+    each step. tokens: how many were seen. seconds: wall-clock.
     """
 
-    trained: dict[str, Tensor]
+    tune_state_dict: dict[str, Tensor]
     shape: ModelShape
     losses: list[float]
     tokens: int
     seconds: float
 
-    @functools.cached_property
-    def weights(self) -> dict[str, Tensor]:
+    def peft_state_dict(self) -> dict[str, Tensor]:
         """PEFT name -> tensor on the CPU.
 
-        From a GPU they come when they are first asked for, on a stream of its own: another thread can do so while the
-        next adapter is fitted.
+        Copies from a GPU run on a stream of their own: another thread can call this while the next adapter is fitted.
         """
-        with _beside_the_next_fit():
-            moved = {name: tensor.to("cpu") for name, tensor in self.trained.items()}
+        with _own_stream():
+            moved = {name: tensor.to("cpu") for name, tensor in self.tune_state_dict.items()}
         return FAMILIES[self.shape.architecture].to_peft(moved, self.shape)
 
 
@@ -99,6 +97,7 @@ class Trainer:
         """
         self.shape = shape
         self.device = device
+        self.dtype = dtype
         if device != "cpu":
             _keep_to_share(memory_bytes)
         self.model = load_base_model(
@@ -137,6 +136,9 @@ class Trainer:
             warmup_ratio: the learning rate rises from 0 over the first floor(warmup_ratio * steps) steps.
             seed: of LoRA's initial weights, the dropout and the order of the sequences.
             on_step: called after each step with (steps done, steps in all, loss).
+
+        Raises:
+            ModelError: the fit diverged (a loss or a weight is not finite), or a sequence does not fit in memory.
         """
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []), compiling():
@@ -156,18 +158,38 @@ class Trainer:
                     schedule.step()
 
             losses: list[float] = []
-            # A GPU is given the next step before anyone waits for this one's loss, and so is never without work.
-            for loss in _late(steps(), behind=0 if self.device == "cpu" else 1):
+            # The next step is queued on a GPU before this one's loss is read, so that the GPU never waits.
+            for loss in delayed(steps(), lag=0 if self.device == "cpu" else 1):
                 losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise self._diverged(
+                        f"the loss of step {len(losses)} of {len(batches)} is {losses[-1]}", losses, lr
+                    )
                 if on_step:
                     on_step(len(losses), len(batches), losses[-1])
+        if not all_finite(self.adapter.values()):
+            raise self._diverged(f"a weight is not finite after step {len(losses)} of {len(batches)}", losses, lr)
         return FitResult(
-            trained={name: parameter.detach().clone() for name, parameter in self.adapter.items()},
+            tune_state_dict={name: parameter.detach().clone() for name, parameter in self.adapter.items()},
             shape=self.shape,
             losses=losses,
             tokens=epochs * sum(len(sequence.tokens) for sequence in sequences),
             seconds=time.perf_counter() - start,
         )
+
+    def _diverged(self, what: str, losses: Sequence[float], lr: float) -> ModelError:
+        """The error of a fit that has produced infinities or NaN; `what` says where they showed."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float16:
+            remedy = (
+                "float16 overflows above 65504 and loses gradients below 6e-8: use dtype=bfloat16, or dtype=float32 "
+                "where the hardware has no bfloat16"
+            )
+        elif not math.isfinite(losses[0]):
+            remedy = "that was before any update, so the base model itself is at fault: check its weights"
+        else:
+            remedy = "use a smaller lr, or a larger warmup_ratio"
+        return ModelError(f"the fit diverged: {what} (lr={lr:g}, dtype={dtype}); {remedy}.")
 
     def _reset(self) -> None:
         """Forget the last adapter: LoRA's initial weights, under which the model is the base model."""
@@ -175,6 +197,8 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, LoRALinear):
                 module.initialize_parameters()
+        for parameter in self.adapter.values():
+            parameter.grad = None  # a fit that failed between two steps has left some
 
     def _backward_within_memory(self, batch: Sequence[TrainingSequence]) -> Tensor:
         """As `_backward`; where the memory does not suffice, again with micro-batches half as large.
@@ -200,13 +224,13 @@ class Trainer:
 
     def _backward(self, batch: Sequence[TrainingSequence]) -> Tensor:
         """Add up the gradient of the batch's mean loss, micro-batch by micro-batch, and return that loss."""
-        labels = sum(sum(sequence.labelled) for sequence in batch)
+        labels = sum(sum(sequence.loss_mask) for sequence in batch)
         total = torch.zeros((), device=self.device)
         for part in _micro_batches(batch, self.max_tokens):
-            tokens, labelled = _pad(part)
-            targets = tokens[labelled].to(self.device)
+            tokens, loss_mask = _pad(part)
+            targets = tokens[loss_mask].to(self.device)
             recompute = tokens.numel() > self.max_tokens
-            states = labelled_states(self.model, tokens.to(self.device), labelled, recompute=recompute)
+            states = target_states(self.model, tokens.to(self.device), loss_mask, recompute=recompute)
             total += self._backward_through_logits(states, targets, labels)
         return total
 
@@ -259,8 +283,8 @@ def _keep_to_share(memory_bytes: int | None) -> None:
 
 
 @contextmanager
-def _beside_the_next_fit() -> Iterator[None]:
-    """A stream of its own for what this thread has a GPU do, after what the GPU was given until now."""
+def _own_stream() -> Iterator[None]:
+    """Run what this thread gives a GPU on a stream of its own, after everything that the GPU was given before."""
     if not torch.cuda.is_available():
         yield
         return
@@ -270,25 +294,25 @@ def _beside_the_next_fit() -> Iterator[None]:
         yield
 
 
-def labelled_states(model: TransformerDecoder, tokens: Tensor, labelled: Tensor, *, recompute: bool = False) -> Tensor:
-    """The last hidden states before the labelled tokens, from which `model.output` predicts these.
+def target_states(model: TransformerDecoder, tokens: Tensor, loss_mask: Tensor, *, recompute: bool = False) -> Tensor:
+    """The last hidden states, normalized, of the positions from which `model.output` predicts the targets of the loss.
 
     Args:
         model: a torchtune decoder.
         tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
-        labelled: [batch, tokens], True where the token is to be predicted; False at the first token. On the CPU, so
-            that nobody has to wait for a GPU to know where.
+        loss_mask: [batch, tokens], True where the token is a target; False at the first token. It lies on the CPU, so
+            that reading the positions does not wait for a GPU.
         recompute: keep only what lies between the layers, and compute the rest again for the gradient: a third more
             time, a fraction of the memory.
 
     Returns:
-        [labelled tokens, width], normalized, in the order of `tokens[labelled]`.
+        [targets, width], in the order of `tokens[loss_mask]`.
     """
     *layers, last = model.layers
     hidden = model.tok_embeddings(tokens)
     for layer in layers:
         hidden = _recomputed(layer, hidden) if recompute else layer(hidden)
-    rows, columns = labelled[:, 1:].nonzero(as_tuple=True)
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
     at = (rows * tokens.shape[1] + columns).to(tokens.device)
     last_at = functools.partial(_layer_at, last)
     hidden = _recomputed(last_at, hidden, at) if recompute else last_at(hidden, at)
@@ -325,14 +349,21 @@ def _in_returned_memory(layer: Callable[..., Tensor], hidden: Tensor, *args: Ten
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
-def _late(items: Iterable[T], *, behind: int) -> Iterator[T]:
-    """Yield `items` in order, each once `behind` more of them are there, or all."""
+def delayed(items: Iterable[T], *, lag: int) -> Iterator[T]:
+    """Yield `items` in order, each one after `lag` more of them have been made, or after the last one."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)
-        if len(waiting) > behind:
+        if len(waiting) > lag:
             yield waiting.popleft()
     yield from waiting
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element is infinite or NaN; waits for a GPU once, for all tensors together."""
+    # The largest magnitude of a tensor is NaN where one element is.
+    largest = [tensor.detach().abs().amax().float() for tensor in tensors]
+    return not largest or bool(torch.stack(largest).isfinite().all())
 
 
 def _batches(
@@ -354,11 +385,11 @@ def _micro_batches(batch: Sequence[TrainingSequence], max_tokens: int) -> Iterat
 
 
 def _pad(part: Sequence[TrainingSequence]) -> tuple[Tensor, Tensor]:
-    """Token ids and labels of shape [sequences, longest], on the CPU, padded on the right with token 0, unlabelled."""
+    """Token ids and loss mask, [sequences, longest], on the CPU; padding on the right is token 0, without loss."""
     longest = max(len(sequence.tokens) for sequence in part)
     tokens = torch.zeros((len(part), longest), dtype=torch.long)
-    labelled = torch.zeros((len(part), longest), dtype=torch.bool)
+    loss_mask = torch.zeros((len(part), longest), dtype=torch.bool)
     for row, sequence in enumerate(part):
         tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
-        labelled[row, : len(sequence.tokens)] = torch.tensor(sequence.labelled)
-    return tokens, labelled
+        loss_mask[row, : len(sequence.tokens)] = torch.tensor(sequence.loss_mask)
+    return tokens, loss_mask
