@@ -52,7 +52,7 @@ def load(name, folder=USER_TASKS, **metadata):
 
 
 def twin(task, monkeypatch):
-    """lm-eval's own class with the same YAML, told to be greedy, and with the task's demonstrations as listed samples."""
+    """lm-eval's own class with the same YAML, told to be greedy, and the task's demonstrations as listed samples."""
     config = load_yaml(USER_TASKS / f"{task.config.task}.yaml")
     for key in ("class", "tag", "fewshot_split", "custom_dataset"):
         config.pop(key, None)
