@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
+from ttt_harness.adapters.names import adapter_key, fingerprint
 from ttt_harness.adapters.peft import WEIGHTS_NAME, read_adapter
-from ttt_harness.adapters.store import RECORD_NAME, AdapterStore, adapter_key, fingerprint
+from ttt_harness.adapters.store import RECORD_NAME, AdapterStore
 from ttt_harness.errors import StoreError
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -154,7 +155,7 @@ def test_a_key_depends_on_every_determinant_and_not_on_their_order():
 
 @pytest.mark.parametrize("piece", [1000, 1300, 2**24])
 def test_a_fingerprint_sees_every_byte_of_the_weights_and_their_order(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr("ttt_harness.adapters.store.PIECE", piece)
+    monkeypatch.setattr("ttt_harness.adapters.names.PIECE", piece)
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     contents = [b"0" * 5000, b"0" * 4999, b"0" * 4999 + b"1", b"1" + b"0" * 4999, b"1" * 1000 + b"0" * 4000]

@@ -9,14 +9,12 @@ Whoever fits an adapter holds its lock meanwhile (`fitting`), so that others tha
 
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ttt_harness.adapters.names import adapter_key, fingerprint  # noqa: F401 - the run imports them from here
 from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from ttt_harness.errors import StoreError
 from ttt_harness.locks import file_lock
 
 RECORD_NAME = "ttt.json"
-PIECE = 2**24  # bytes of a base model's file that are hashed at a time
 _log = logging.getLogger(__name__)
 
 
@@ -40,34 +38,6 @@ class StoredAdapter:
     key: str
     path: Path
     record: Mapping[str, Any]
-
-
-def adapter_key(determinants: Mapping[str, Any]) -> str:
-    """The name of the adapter that `determinants` (JSON values) lead to: 32 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def fingerprint(model_dir: Path) -> str:
-    """A hash of a base model's config and weights, by content: 64 hexadecimal digits."""
-    paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
-    digest = hashlib.sha256()
-    # Hashing runs outside Python's lock, and pieces keep all cores at it: few large files alone would not.
-    with ThreadPoolExecutor() as hashers:
-        for path in paths:
-            digest.update(path.name.encode() + b"\0")
-            name = path.resolve().name
-            if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
-                digest.update(name.encode())  # the hub's cache names its files by their sha256
-            else:
-                for piece in hashers.map(_piece_hash, itertools.repeat(path), range(0, path.stat().st_size, PIECE)):
-                    digest.update(piece)
-    return digest.hexdigest()
-
-
-def _piece_hash(path: Path, start: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.sha256(file.read(PIECE)).digest()
 
 
 class AdapterStore:
