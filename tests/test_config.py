@@ -29,6 +29,7 @@ def test_the_published_hyperparameters_are_the_defaults():
         "k": 10,
         "adapter_dir": None,
         "on_plain_task": "error",
+        "truncate": False,
     }
     assert dataclasses.asdict(TaskSettings()) == {
         "k": 10,

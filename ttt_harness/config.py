@@ -18,6 +18,9 @@ from ttt_harness.methods import METHODS, Method
 # vLLM's own list (vllm.config.lora.MaxLoRARanks), repeated here so that a wrong rank is refused before vLLM loads.
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# Characters of a refused value that a message repeats.
+LONGEST_QUOTE = 120
+
 LOSS_ON = ("outputs", "all", "last")
 GENERATION_BUDGETS = ("full", "published")
 ON_PLAIN_TASK = ("error", "base")
@@ -38,8 +41,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def quoted(value: Any) -> str:
-    """A refused value as a person wrote it: lm-eval makes -1 a -1.0, and --limit 0 a 0.0."""
-    return repr(value).removesuffix(".0")
+    """A refused value as a person wrote it (lm-eval makes -1 a -1.0, and --limit 0 a 0.0), cut where it is long."""
+    try:
+        text = repr(value).removesuffix(".0")
+    except ValueError:  # an integer of more digits than Python writes
+        return "[a number of thousands of digits]"
+    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 5]}[...]"
 
 
 def _rule(kind: type, rule: str, allowed: Any) -> Any:
@@ -135,6 +142,7 @@ class TTTConfig(_Settings):
     k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
     adapter_dir: str | None = None
     on_plain_task: str = field(default="error", metadata=_one_of(ON_PLAIN_TASK))
+    truncate: bool = field(default=False, metadata=_YES_NO)
 
     def __post_init__(self) -> None:
         super().__post_init__()

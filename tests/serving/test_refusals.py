@@ -4,7 +4,7 @@ import pytest
 
 from ttt_harness.errors import ConfigError
 from ttt_harness.harness.model_arguments import gpu_share, positive_int
-from ttt_harness.serving.engine import _reason
+from ttt_harness.serving.engine import reason_of
 
 # of multiprocessing, where a script without `if __name__ == "__main__":` starts an engine in a process of its own
 SPAWN = """
@@ -29,11 +29,11 @@ SPAWN = """
     ],
 )
 def test_the_first_sentence_is_whole(message, quoted):
-    assert _reason(ValueError(message)) == quoted
+    assert reason_of(ValueError(message)) == quoted
 
 
 def test_a_long_message_is_cut_between_words():
-    reason = _reason(ValueError("word " * 200))
+    reason = reason_of(ValueError("word " * 200))
     assert len(reason) <= 300
     assert reason.endswith(" word [...]")
 

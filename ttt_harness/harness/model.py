@@ -29,7 +29,7 @@ from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness.model_arguments import ModelArguments
 from ttt_harness.harness.task import has_support_set, support_set_of
 from ttt_harness.run.progress import RunProgress
-from ttt_harness.serving.answering import Answering
+from ttt_harness.serving.answering import Answering, Checked
 from ttt_harness.training.trainer import FitResult, release_trainer, shared_trainer
 
 # Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
@@ -83,6 +83,7 @@ class TTTVLLM(Answering):
         self._fingerprint: str | None = None
         self._adapters: dict[str, StoredAdapter] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self._checked: dict[str, Checked] = {}
         self._writing: Future[None] | None = None
         self._pool: Pool | None = None
         if arguments.workers > 1:
@@ -126,7 +127,8 @@ class TTTVLLM(Answering):
 
     def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
         """Answer `requests` group by group with lm-eval's method `kind`; the answers come in the requests' order."""
-        groups = self._plan(requests)
+        requests = self.seeded(kind, requests, seed=self.ttt_config.seed)
+        groups = self._plan(requests, kind)
         if self._memory is not None and not self._memory.turns:
             # The last answers are those that no fit runs beside: the shortest.
             groups.sort(key=lambda group: -_most_answer_tokens(requests, group))
@@ -238,9 +240,11 @@ class TTTVLLM(Answering):
         self.records.setdefault(group.task, {"adapter": None}).update(
             requests=len(requests), generate_seconds=round(seconds, 3)
         )
+        if checked := self._checked.get(group.task):  # not on a worker
+            self.records[group.task] |= {name: value for name, value in asdict(checked).items() if value}
         return values
 
-    def _plan(self, requests: list[Instance]) -> list[Group]:
+    def _plan(self, requests: list[Instance], kind: str) -> list[Group]:
         """Group the requests by task, and prepare and check what each group will be fitted on.
 
         Raises:
@@ -257,12 +261,11 @@ class TTTVLLM(Answering):
             by_task[request.task_name].indices.append(index)
         groups = list(by_task.values())
         for group in groups:
-            texts = ([arg for arg in requests[index].args if isinstance(arg, str)] for index in group.indices)
-            longest = max(("".join(text) for text in texts), key=len)
-            tokens = self.tok_encode(longest)
-            self._check_length(len(tokens) + 1, f"{group.task}: a prompt and its answer")
+            own = [requests[index] for index in group.indices]
+            self._checked[group.task] = self.check(
+                kind, own, fitted=group.support is not None, truncate=self.ttt_config.truncate
+            )
             if group.support is not None:
-                self.check_tokenizer(longest, tokens)
                 group.sequences = self._sequences(group.task, group.support)
         fitted = [group for group in groups if group.support is not None]
         if fitted:

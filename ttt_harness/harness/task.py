@@ -24,7 +24,7 @@ from ttt_harness.data.support import Chat, Demonstration, SupportSet
 from ttt_harness.errors import ConfigError, DataError, TTTError
 from ttt_harness.harness import declaration
 from ttt_harness.harness.filters import vote
-from ttt_harness.harness.generation import greedy_unless_sampled
+from ttt_harness.serving.generation import greedy_unless_sampled
 
 Doc = Mapping[str, Any]
 

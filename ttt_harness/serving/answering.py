@@ -5,11 +5,14 @@ A driver and a worker both make one, from a model directory and the arguments of
     answering = Answering(model_dir, {"dtype": "float32", "max_model_len": 2048})
     answers = answering.answer("generate_until", requests, adapter=None)
 
-It renders chats, tokenizes and answers. It knows nothing of methods, groups, stores or fits, and making one starts no
-engine: the first answer does.
+It renders chats, tokenizes, checks and answers. It knows nothing of methods, groups, stores or fits, and making one
+starts no engine: the first answer does.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,29 @@ from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import has_bos_prefix
 from vllm.lora.request import LoRARequest
 
-from ttt_harness.errors import ConfigError, ModelError
+from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.serving.engine import shared_engine
+from ttt_harness.serving.generation import samples
+from ttt_harness.serving.sampling import request_seed, sampling_params, vllm_arguments
+
+# A text has at most so many tokens for each of its bytes, whatever a tokenizer's normalization makes of it.
+TOKENS_PER_BYTE = 16
+# A text of fewer characters may have no token at all, or one that the model does not know.
+SHORT_TEXT = 16
+# What results state of answers that are drawn.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What results have to state of the requests of a task.
+
+    truncated: how many prompts lose tokens to the context window.
+    sampling: the arguments that answers are drawn with; None where they are greedy or only scored.
+    """
+
+    truncated: int = 0
+    sampling: dict[str, Any] | None = None
 
 
 class Answering(vllm_causallms.VLLM):
@@ -52,6 +76,145 @@ class Answering(vllm_causallms.VLLM):
         # Not self's: `TTTVLLM` overrides these three with whole runs.
         method = getattr(super(), kind)
         return method(list(requests), disable_tqdm=True)
+
+    @staticmethod
+    def modify_gen_kwargs(
+        gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
+    ) -> tuple[dict[str, Any], list[str], int]:
+        """As lm-eval's, which calls it for each request, but greedy unless sampling is asked for."""
+        return vllm_arguments(gen_kwargs, eos, default_max_gen_toks)
+
+    # Before anything is loaded
+
+    def seeded(self, kind: str, requests: Sequence[Instance], *, seed: int) -> list[Instance]:
+        """The requests, each of those that sample with a seed of its own, made from `seed`, its task and its prompt.
+
+        To be called with all requests of a run: equal prompts (`repeats` in a YAML) get different seeds. A seed among
+        the generation arguments is left as it is.
+
+        Raises:
+            ConfigError: `do_sample` or `temperature` has a value that is not allowed.
+        """
+        if kind != "generate_until":
+            return list(requests)
+        seen: Counter[tuple[str, str]] = Counter()
+        made = []
+        for given in requests:
+            request = given
+            prompt, arguments = request.args
+            task = str(request.task_name)
+            if arguments.get("seed") is None and samples(arguments, task):
+                own = request_seed(seed, task, prompt, seen[task, prompt])
+                seen[task, prompt] += 1
+                request = copy.copy(request)
+                request.arguments = (prompt, {**arguments, "seed": own})
+            made.append(request)
+        return made
+
+    def check(self, kind: str, requests: Sequence[Instance], *, fitted: bool, truncate: bool = False) -> Checked:
+        """Find out what would go wrong with `requests`, all of one task, before anything is loaded.
+
+        Args:
+            kind: the method of lm-eval's that will answer them.
+            requests: of the task.
+            fitted: whether an adapter is fitted for them.
+            truncate: whether prompts that are too long may lose tokens, on the side `truncation_side`.
+
+        Raises:
+            ConfigError: generation arguments that vLLM refuses.
+            DataError: a prompt is empty, or exceeds the context window together with its answer.
+            ModelError: the tokenizer cannot be fitted with.
+        """
+        task = str(requests[0].task_name)
+        sampling, budgets = None, [1] * len(requests)  # to score a text, vLLM generates a token after it
+        if kind == "generate_until":
+            sampling, budgets = self._check_generation(task, requests)
+        elif self.enable_thinking:
+            raise ConfigError(
+                f"{task} scores given answers, which enable_thinking=true does not allow; leave it out for this task."
+            )
+        if kind == "loglikelihood_rolling":
+            return Checked()  # whole texts are cut into windows
+        texts = ["".join(arg for arg in request.args if isinstance(arg, str)) for request in requests]
+        if fitted:
+            longest = max(texts, key=len)
+            self.check_tokenizer(longest, self.tok_encode(longest))
+        if max(budgets) >= self.max_length:
+            raise DataError(
+                f"{task}: an answer may have {max(budgets)} tokens (max_gen_toks), but the context window holds "
+                f"{self.max_length}, with the prompt; set a smaller max_gen_toks, or a longer window (max_model_len)."
+            )
+        lengths = self._lengths(task, texts, budgets)
+        over = [length + budget > self.max_length for length, budget in zip(lengths, budgets, strict=True)]
+        if any(over) and not truncate:
+            raise self._too_long(kind, task, lengths, budgets)
+        return Checked(truncated=sum(over), sampling=sampling)
+
+    def _check_generation(self, task: str, requests: Sequence[Instance]) -> tuple[dict[str, Any] | None, list[int]]:
+        """Check each distinct set of generation arguments.
+
+        Returns:
+            Those that answers are drawn with, if they are, without the requests' own seeds; the budget of each request.
+        """
+        if self.eot_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {self.model_dir} names no token that ends a text (eos_token), which answers need."
+            )
+        checked: list[tuple[dict[str, Any], int]] = []
+        budgets, sampling = [], None
+        for request in requests:
+            arguments = {name: value for name, value in request.args[1].items() if name != "seed"}
+            known = next((budget for other, budget in checked if other == arguments), None)
+            if known is None:
+                params = sampling_params(
+                    request.args[1],
+                    where=task,
+                    eos=self.tokenizer.decode(self.eot_token_id) or self.tokenizer.eos_token,
+                    default_budget=self.max_gen_toks,
+                    vllm_config=self.model.config,
+                    tokenizer=self.tokenizer,
+                )
+                known = params.max_tokens or 1
+                checked.append((arguments, known))
+                if samples(arguments, task):
+                    sampling = {name: getattr(params, name) for name in SAMPLING}
+            budgets.append(known)
+        return sampling, budgets
+
+    def _lengths(self, task: str, texts: Sequence[str], budgets: Sequence[int]) -> list[int]:
+        """The tokens of each text; 0 where it is plain that the text and its answer fit the window."""
+        window = self.max_length
+        may_be_long = {
+            text
+            for text, budget in zip(texts, budgets, strict=True)
+            if TOKENS_PER_BYTE * len(text.encode("utf-8", "replace")) + budget > window or len(text) < SHORT_TEXT
+        }
+        tokens = dict(zip(may_be_long, self.tok_encode(list(may_be_long)), strict=True)) if may_be_long else {}
+        vocabulary = self.model.config.model_config.get_vocab_size()
+        for text, ids in tokens.items():
+            if not ids:
+                raise DataError(f"{task}: the prompt {text!r} has no token; check the task's doc_to_text.")
+            if max(ids) >= vocabulary:
+                raise ModelError(
+                    f"the tokenizer of {self.model_dir} has tokens that the model does not know: {max(ids)}, of "
+                    f"{vocabulary}; copy the model again, with the tokenizer that belongs to it."
+                )
+        return [len(tokens.get(text, ())) for text in texts]
+
+    def _too_long(self, kind: str, task: str, lengths: Sequence[int], budgets: Sequence[int]) -> DataError:
+        """What to say of the longest of prompts that do not fit the window with their answers."""
+        length, budget = max(zip(lengths, budgets, strict=True), key=sum)
+        if kind == "generate_until":
+            said = f"a prompt has {length} tokens, and its answer may have {budget} (max_gen_toks)"
+            smaller = "a smaller k or max_gen_toks"
+        else:
+            said = f"a prompt and its answer have {length} tokens, and vLLM needs one more to score them"
+            smaller = "a smaller k"
+        return DataError(
+            f"{task}: {said}, but the context window holds {self.max_length}; use {smaller}, a model (or "
+            "max_model_len) with a longer window, or truncate=true, which cuts prompts off (on the side "
+            "truncation_side)."
+        )
 
     # Chats
 

@@ -11,7 +11,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.config import ModelConfig
+from vllm.config import VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
+from ttt_harness.config import quoted
 from ttt_harness.errors import ModelError
 
 # How long a process that ends waits, at most, for vLLM to have processes that can be ended.
@@ -76,17 +78,33 @@ class Engine:
         self._llm: LLM | None = None
         self._starting: Future[LLM] | None = None
         self._asleep = False
-        self._model_config: ModelConfig | None = None
+        self._config: VllmConfig | None = None
+
+    @property
+    def config(self) -> VllmConfig:
+        """The configuration that the engine starts with; does not start it.
+
+        Raises:
+            ModelError: vLLM refuses the model or its arguments.
+        """
+        if self._config is None:
+            before = dict(os.environ)
+            try:
+                arguments = EngineArgs(**self.engine_args)
+                self._config = arguments.create_engine_config(usage_context=UsageContext.LLM_CLASS)
+            except Exception as error:
+                raise ModelError(f"vLLM refuses these model arguments: {reason_of(error)}.") from error
+            finally:
+                # vLLM sets what its own processes need; the workers of a cluster, say, would inherit it.
+                for name in os.environ.keys() - before.keys():
+                    del os.environ[name]
+                os.environ.update(before)
+        return self._config
 
     @property
     def llm_engine(self) -> Any:
         """What lm-eval reads `model_config` from; does not start the engine."""
-        if self._model_config is None:
-            try:
-                self._model_config = EngineArgs(**self.engine_args).create_model_config()
-            except Exception as error:
-                raise ModelError(f"vLLM refuses these model arguments: {_reason(error)}.") from error
-        return SimpleNamespace(model_config=self._model_config)
+        return SimpleNamespace(model_config=self.config.model_config)
 
     @property
     def running(self) -> bool:
@@ -142,7 +160,7 @@ class Engine:
         except Exception as error:
             # In this process it leaves what the next start would trip over: process groups, a part of the memory.
             cleanup_dist_env_and_memory()
-            raise ModelError(f"vLLM could not start: {_reason(error)}.") from error
+            raise ModelError(f"vLLM could not start: {reason_of(error)}.") from error
         # vLLM ends its processes in a finalizer. Where that comes after multiprocessing's own exit function, which
         # waits for these processes, Python would never end; which comes first depends on what was imported when.
         atexit.register(_end, llm)
@@ -187,7 +205,7 @@ class Engine:
                 self.close(timeout=0)
                 raise
             self.close()
-            raise ModelError(f"vLLM could not {what}: {_reason(error)}.") from error
+            raise ModelError(f"vLLM could not {what}: {reason_of(error)}.") from error
 
     def changes_output(self, adapter: LoRARequest, prompt: Sequence[int]) -> bool:
         """Whether `adapter` changes the likeliest next tokens, or their log-probabilities, after `prompt`."""
@@ -264,10 +282,19 @@ def shared_engine(**engine_args: Any) -> Engine:
     return _engine
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first sentence of an exception of vLLM's, whose messages run over many lines."""
     errors = getattr(error, "errors", None)
     if callable(errors):  # pydantic
-        return "; ".join(str(item.get("msg", item)) for item in errors())
-    paragraph = str(error).strip().partition("\n\n")[0].split()
-    return (textwrap.shorten(" ".join(paragraph), 300, placeholder=" [...]") or type(error).__name__).rstrip(".")
+        text = "; ".join(_pydantic_reason(item) for item in errors())
+    else:
+        text = str(error).strip().partition("\n\n")[0]
+    shortened = textwrap.shorten(" ".join(text.split()), 300, placeholder=" [...]")
+    return (shortened or type(error).__name__).rstrip(".")
+
+
+def _pydantic_reason(item: Mapping[str, Any]) -> str:
+    """One finding of pydantic's with the argument that it is about, which may be a part of another."""
+    name = ".".join(str(part) for part in item.get("loc", ()))
+    said = str(item.get("msg", item)).removeprefix("Value error, ").rstrip(".")
+    return f"{name}={quoted(item.get('input'))}: {said}" if name else said

@@ -10,7 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from ttt_harness.errors import ConfigError
-from ttt_harness.harness.generation import greedy_unless_sampled
+from ttt_harness.serving.generation import greedy_unless_sampled
 
 GREEDY = {"do_sample": False, "temperature": 0.0}
 
