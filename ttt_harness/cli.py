@@ -162,19 +162,19 @@ def _report(args: argparse.Namespace) -> int:
 def _add_sweep(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "sweep",
-        help="evaluate a grid of methods and seeds, with one engine start",
-        description="Evaluate a grid of methods and seeds in one process. Cells that are done are skipped.",
+        help="evaluate a grid of methods, hyperparameters and seeds, with one engine start",
+        description="Evaluate a grid of methods, hyperparameters and seeds in one process. Cells that are done are "
+        "skipped.",
         epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, --limit, ... "
-        "--output_path is the folder for the whole grid; each cell gets its own in it, <method>/seed<N>.",
+        "--output_path is the folder for the whole grid; each cell gets its own in it, <method>/seed<N> or "
+        "<method>/<axis=value,...>/seed<N>.",
         usage="ttt-harness sweep --methods M1,M2 --seeds 42-46 --tasks T --model_args pretrained=... --output_path DIR "
         "[any option of lm_eval run]",
         allow_abbrev=False,  # --seed is lm-eval's
     )
     parser.add_argument("--methods", metavar="NAMES", help="with commas; all: every published setting")
     parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42: of the demonstrations and of the fits")
-    parser.add_argument(
-        "--config", "-C", type=Path, metavar="FILE", help="YAML with methods, seeds and any option of lm_eval"
-    )
+    _add_grid(parser)
     parser.add_argument(
         "--status", action="store_true", help="only show what is done, running, waiting, failed and why: needs "
         "--output_path"
@@ -190,19 +190,30 @@ def _add_sweep(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_sweep, passes_options=True)
 
 
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--grid", action="append", metavar="AXIS=VALUES",
+        help="an axis and its values, e.g. lr=1e-4,3e-4; given again for another one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", "-C", type=Path, metavar="FILE", help="YAML with methods, seeds, grid and any option of lm_eval"
+    )
+
+
 def _sweep(args: argparse.Namespace) -> int:
-    from ttt_harness.sweep import runner
+    from ttt_harness.sweep import command
     from ttt_harness.sweep.slurm import Resources
 
-    grid = {"methods": args.methods, "seeds": args.seeds, "config": args.config, "options": args.options}
+    names = ("methods", "seeds", "grid", "config", "options")
+    grid = {name: getattr(args, name) for name in names}
     if args.status:
-        return runner.status(**grid)
+        return command.status(**grid)
     given = {"time": args.time, "gpus": args.gpus, "partition": args.partition, "account": args.account}
     given |= {"cells_per_job": args.cells_per_job, "flags": args.sbatch}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not args.slurm:
         raise ConfigError("--time, --gpus, --partition, --account, --cells_per_job and --sbatch go with --slurm.")
-    return runner.sweep(**grid, resources=Resources(**{"time": None, **given}) if args.slurm else None)
+    return command.sweep(**grid, resources=Resources(**{"time": None, **given}) if args.slurm else None)
 
 
 def _add_plan(subparsers: Subparsers) -> None:
@@ -217,6 +228,7 @@ def _add_plan(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--methods", metavar="NAMES", help="with commas; all: every published setting")
     parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42")
+    _add_grid(parser)
     parser.add_argument(
         "--measured", type=Path, metavar="PATH",
         help="results of a run to take the rates from (default: the newest in benchmarks/results)",
@@ -231,8 +243,9 @@ def _add_plan(subparsers: Subparsers) -> None:
 def _plan(args: argparse.Namespace) -> int:
     from ttt_harness.estimate.plan import plan
 
-    names = ("methods", "seeds", "options", "measured", "fit_rate", "answer_rate", "start_seconds", "deadline")
-    return plan(**{name: getattr(args, name) for name in names})
+    grid = ("methods", "seeds", "grid", "config", "options")
+    rates = ("measured", "fit_rate", "answer_rate", "start_seconds", "deadline")
+    return plan(**{name: getattr(args, name) for name in (*grid, *rates)})
 
 
 def _add_summary(subparsers: Subparsers) -> None:

@@ -7,24 +7,16 @@ import pytest
 
 from ttt_harness import cli
 from ttt_harness.errors import ConfigError
-from ttt_harness.estimate.plan import (
-    Rates,
-    Tokens,
-    cheapest,
-    count_tokens,
-    fitted_once,
-    measured_rates,
-    seconds_of,
-    spread_cells,
-    spread_tasks,
-    work_of,
-)
+from ttt_harness.estimate.cost import cost_of, fitted_once
+from ttt_harness.estimate.plan import cheapest, seconds_of, spread_cells, spread_tasks
+from ttt_harness.estimate.rates import Rates, measured_rates
+from ttt_harness.estimate.tokens import TokenCounts, count_tokens
 from ttt_harness.methods import SETTINGS
 from ttt_harness.sweep.grid import cells_of
 
 RATES = Rates(fit=100.0, answer=1000.0, start=30.0, source="")
 TOKENS = [
-    Tokens(name, description=10, demonstrations=500, pairs=600, question=40.0, answer=10.0, questions=200)
+    TokenCounts(name, description=10, demonstrations=500, pairs=600, question=40.0, answer=10.0, questions=200)
     for name in ("a", "b", "c")
 ]
 
@@ -36,7 +28,7 @@ def cells(methods, seeds=(42,), **options):
 
 
 def work(methods, seeds=(42,), tokens=TOKENS):
-    return fitted_once(work_of(cell, tokens) for cell in cells(methods, seeds))
+    return fitted_once(cost_of(cell, tokens) for cell in cells(methods, seeds))
 
 
 @pytest.mark.parametrize(
@@ -174,11 +166,11 @@ def test_bad_input_is_one_sentence(arguments, said, capsys, tmp_path, monkeypatc
 
 
 def test_tokens_are_those_of_the_prompts_and_of_the_training_sequences(tiny_model):
-    """Held against the requests that lm-eval makes, and the sequences that a fit is given."""
+    """Compared with the requests that lm-eval makes, and the sequences that a fit is given."""
     from transformers import AutoTokenizer
 
     from ttt_harness.data.sequences import in_context_sequences
-    from ttt_harness.sweep.runner import load_tasks, one_task_index
+    from ttt_harness.sweep.lm_eval_call import load_tasks, one_task_index
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
@@ -194,7 +186,7 @@ def test_tokens_are_those_of_the_prompts_and_of_the_training_sequences(tiny_mode
     )
     with one_task_index():
         (found,) = count_tokens(cell, encode)
-        (task,) = load_tasks(cell).values()
+        (task,) = load_tasks(cell.call).values()
     task.build_all_requests(limit=8, rank=0, world_size=1)
     prompts = [len(encode(instance.args[0])) for instance in task.instances]
     assert found.questions == len(prompts) == 8

@@ -15,11 +15,13 @@ from ttt_harness.methods import METHODS as FIT_METHODS
 from ttt_harness.methods import SETTINGS
 from ttt_harness.report.summary import PUBLISHED
 from ttt_harness.run.progress import Display, RunProgress, showing
-from ttt_harness.sweep import display, runner
+from ttt_harness.sweep import command, display, runner
 from ttt_harness.sweep.cells import locked
 from ttt_harness.sweep.display import SweepDisplay, seconds_left
-from ttt_harness.sweep.grid import cells_of, parse_methods, parse_seeds, read_yaml
-from ttt_harness.sweep.runner import lm_eval_call, run_cells
+from ttt_harness.sweep.grid import cells_of, parse_methods, parse_seeds
+from ttt_harness.sweep.grid_file import read_grid_file
+from ttt_harness.sweep.lm_eval_call import one_task_index, parse_call
+from ttt_harness.sweep.runner import run_cells, shared_engine_args
 
 OPTIONS = ["--model_args", "pretrained=m", "--tasks", "procedural_ttt", "--output_path", "out"]
 
@@ -91,12 +93,15 @@ class TestGrid:
         assert parse_methods("ttt, icl,ttt") == ["ttt", "icl"]
         assert parse_methods(["ttt", "icl,e2e"]) == ["ttt", "icl", "e2e"]
 
-    def test_cells_of_one_grid_share_the_arguments_of_the_engine(self):
-        cells = cells_of(["icl", "ttt", "random"], [1, 2], call(model_args={"pretrained": "m", "lora_rank": 20}))
-        engines = {cell.method: dict(cell.engine) for cell in cells}
+    def test_cells_of_one_grid_share_the_arguments_of_the_engine(self, tiny_model):
+        args = {"pretrained": str(tiny_model), "lora_rank": 20}
+        engines = {
+            cell.method: shared_engine_args(cell)
+            for cell in cells_of(["icl", "ttt", "random"], [1, 2], call(model_args=args))
+        }
         assert engines["icl"] == engines["ttt"] == {"enable_lora": True, "max_lora_rank": 32}
         assert engines["random"] == {}
-        assert cells_of(["icl", "zero_shot"], [1], call())[0].engine == {}
+        assert shared_engine_args(cells_of(["icl", "zero_shot"], [1], call(model_args=args))[0]) == {}
 
     @pytest.mark.parametrize(
         ("given", "seeds"),
@@ -121,7 +126,8 @@ class TestGrid:
         ("change", "said"),
         [
             ({"model_args": {"pretrained": "m", "seed": 1}}, "seed must not stand in --model_args"),
-            ({"metadata": {"vote_permutations": 3}}, "vote_permutations must not stand in --metadata"),
+            ({"metadata": {"shuffle": False}}, "shuffle must not stand in --metadata"),
+            ({"metadata": {"vote_permutations": 1}}, "vote_permutations=1 is not allowed with icl_vote"),
             ({"num_fewshot": 0}, "--num_fewshot is not an option of a sweep"),
             ({"model": "hf"}, "--model is not an option of a sweep"),
             ({"model_args": {"pretrained": "m", "lr": 7}}, "lr=7 is not allowed"),
@@ -136,7 +142,7 @@ class TestGrid:
 
 class TestOptions:
     def test_are_those_of_lm_eval(self):
-        found = lm_eval_call({}, [*OPTIONS, "-L", "40", "--log_samples", "--gen_kwargs", "max_gen_toks=3"])
+        found = parse_call({}, [*OPTIONS, "-L", "40", "--log_samples", "--gen_kwargs", "max_gen_toks=3"])
         assert found["limit"] == 40
         assert found["log_samples"] is True
         assert found["gen_kwargs"] == {"max_gen_toks": 3}
@@ -145,17 +151,17 @@ class TestOptions:
 
     @pytest.mark.parametrize("limit", ["1", "0.5", "0.001"])
     def test_a_share_of_the_questions_is_a_limit(self, limit):
-        assert lm_eval_call({}, [*OPTIONS, "--limit", limit])["limit"] == float(limit)
+        assert parse_call({}, [*OPTIONS, "--limit", limit])["limit"] == float(limit)
 
     def test_a_file_describes_the_same_grid_and_the_command_line_wins(self, tmp_path):
         file = tmp_path / "grid.yaml"
         file.write_text(
             "methods: [icl, ttt]\nseeds: 42-43\ntasks: a,b\nlimit: 40\noutput_path: out\nmodel_args:\n  pretrained: m\n"
         )
-        content = read_yaml(file)
+        content = read_grid_file(file)
         assert parse_methods(content["methods"]) == ["icl", "ttt"]
         assert parse_seeds(content["seeds"]) == [42, 43]
-        found = lm_eval_call(content, ["--limit", "8"])
+        found = parse_call(content, ["--limit", "8"])
         assert found == {
             **{"tasks": ["a", "b"], "limit": 8, "output_path": "out", "model_args": {"pretrained": "m"}},
             "metadata": {},
@@ -165,14 +171,17 @@ class TestOptions:
     def test_a_file_that_is_no_grid(self, tmp_path, text):
         (tmp_path / "grid.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"grid\.yaml (is not YAML|must hold keys)"):
-            read_yaml(tmp_path / "grid.yaml")
+            read_grid_file(tmp_path / "grid.yaml")
 
     def test_reach_lm_eval_in_the_order_given(self, monkeypatch):
         seen = {}
-        monkeypatch.setattr(runner, "sweep", lambda **given: seen.update(given) or 0)
+        monkeypatch.setattr(command, "sweep", lambda **given: seen.update(given) or 0)
         options = ["--model_args", "pretrained=m", "lr=1e-3", "--seed", "1", "-L", "4", "--tasks", "a", "b", "-s"]
         assert cli.main(["sweep", *options[:3], "--methods", "icl", *options[3:], "--seeds", "42-43"]) == 0
-        assert seen == {"methods": "icl", "seeds": "42-43", "config": None, "options": options, "resources": None}
+        assert seen == {
+            **{"methods": "icl", "seeds": "42-43", "grid": None, "config": None, "options": options},
+            "resources": None,
+        }
 
     def test_unknown_ones_of_other_commands_stay_errors(self, capsys):
         with pytest.raises(SystemExit):
@@ -292,12 +301,16 @@ class TestRun:
         assert run_cells(cells, tmp_path, execute) == 0
         assert len(ran) == 4
 
-    def test_engine_arguments_reach_lm_eval(self, cells, tmp_path):
+    def test_engine_arguments_reach_lm_eval(self, tiny_model, tmp_path, monkeypatch):
         seen = []
-        run_cells(cells[:1], tmp_path, lambda options: (seen.append(options), write_results(options)))
-        assert seen[0]["model_args"] == {
-            **{"enable_lora": True, "max_lora_rank": 64, "pretrained": "m", "method": "icl", "seed": 42}
-        }
+        monkeypatch.setattr(runner, "make_model", seen.append)
+        monkeypatch.setattr(runner, "load_tasks", lambda _: {"t": None})
+        monkeypatch.setattr(runner, "run_lm_eval", lambda options: (seen.append(options), write_results(options)))
+        assert run_cells(cells_of(["icl", "ttt"], [42], call(model_args={"pretrained": str(tiny_model)})), tmp_path) == 0
+        own = {"enable_lora": True, "max_lora_rank": 64, "pretrained": str(tiny_model), "seed": 42}
+        assert [options["model_args"] for options in seen] == [
+            {**own, "method": method} for method in ("ttt", "icl", "ttt")
+        ]
 
     def test_a_failing_cell_is_reported_and_the_others_run(self, cells, tmp_path, capsys):
         def execute(options):
@@ -378,7 +391,7 @@ def test_the_index_of_tasks_is_built_once(monkeypatch):
 
     built = []
     monkeypatch.setattr(_index.TaskIndex, "build", staticmethod(lambda paths: built.append(list(paths)) or {}))
-    with runner.one_task_index():
+    with one_task_index():
         TaskManager()
         TaskManager(metadata={"seed": 43})
         assert len(built) == 1

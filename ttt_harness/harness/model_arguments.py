@@ -83,7 +83,7 @@ class ModelArguments:
         if config.how.fits:
             assert shape is not None
             engine["enable_lora"] = True
-            engine["max_lora_rank"] = _max_lora_rank(config, shape, model_args.get("max_lora_rank"))
+            engine["max_lora_rank"] = max_lora_rank(config, shape, model_args.get("max_lora_rank"))
         memory = None
         # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
         if shape is not None and torch.cuda.is_available() and workers == 1:
@@ -170,7 +170,7 @@ def _engine_arguments(dtype: str, model_args: Mapping[str, Any]) -> dict[str, An
     return engine
 
 
-def _max_lora_rank(config: TTTConfig, shape: ModelShape, asked: Any) -> int:
+def max_lora_rank(config: TTTConfig, shape: ModelShape, asked: Any) -> int:
     """The rank that vLLM reserves: the smallest that holds the adapters as they are written, or what the user asks."""
     written = shape.adapter_rank(config.lora_rank)
     allowed = [rank for rank in VLLM_LORA_RANKS if rank >= written]

@@ -1,10 +1,16 @@
-"""A grid of methods and seeds, evaluated in one process with one engine start and one base-model load.
+"""A grid of methods, hyperparameters and seeds, evaluated in one process with one engine start and one base model.
 
-    grid.py      the methods and what they change in a call of lm_eval; seeds; the cells of a grid
-    cells.py     a cell's folder: what is done, what it was done with, and how it gets there in one step
-    display.py   one progress display for the whole
-    runner.py    checks everything, then runs cell after cell through lm-eval's own command
-    slurm.py     the same cells as the jobs of a SLURM array, and what has become of them
+    axes.py           hyperparameters with several values, and the points that they make
+    grid.py           the cells of a grid: method, point and seed, and the call of lm_eval that each makes
+    grid_file.py      the same from a YAML file
+    lm_eval_call.py   options of lm_eval: parsed, checked, run
+    cells.py          a cell's folder: what is done, what it was done with, and how it gets there in one step
+    display.py        one progress display for the whole
+    runner.py         checks everything, then runs cell after cell through lm-eval's own command
+    slurm.py          the same cells as the jobs of a SLURM array
+    queue.py          what SLURM knows of these jobs
+    status.py         what has become of the cells
+    command.py        `ttt-harness sweep`
 
-The command `ttt-harness sweep` calls `runner.sweep`.
+README.md beside them is the guide.
 """

@@ -12,25 +12,25 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from ttt_harness.run.progress import Display
 
-# Until a method has been measured, one without a fit is taken to last this part of one with.
+# Until a setting has been measured, one without a fit is taken to last this part of one with.
 SHARE_WITHOUT_FIT = 0.2
 
 
 def seconds_left(done: Mapping[str, Sequence[float]], todo: Sequence[str], fits: Mapping[str, bool]) -> float | None:
-    """The time that cells of the methods `todo` will take; None while no cell is done.
+    """The time that cells of the settings `todo` will take; None while no cell is done.
 
-    done: method -> what its cells have taken so far, in seconds. A method that has not run yet is taken to last as
-    long as the measured ones do on average, fitted and unfitted ones set against each other by `SHARE_WITHOUT_FIT`.
+    done: setting -> what its cells have taken so far, in seconds. One that has not run yet is taken to last as long as
+    the measured ones do on average, fitted and unfitted ones weighted by `SHARE_WITHOUT_FIT`.
     """
     if not done:
         return None
 
-    def weight(method: str) -> float:
-        return 1.0 if fits[method] else SHARE_WITHOUT_FIT
+    def weight(setting: str) -> float:
+        return 1.0 if fits[setting] else SHARE_WITHOUT_FIT
 
-    means = {method: statistics.fmean(seconds) for method, seconds in done.items()}
-    unit = statistics.fmean(mean / weight(method) for method, mean in means.items())
-    return sum(means.get(method, unit * weight(method)) for method in todo)
+    means = {setting: statistics.fmean(seconds) for setting, seconds in done.items()}
+    unit = statistics.fmean(mean / weight(setting) for setting, mean in means.items())
+    return sum(means.get(setting, unit * weight(setting)) for setting in todo)
 
 
 def duration(seconds: float) -> str:
@@ -45,17 +45,17 @@ class SweepDisplay(Display):
     """The display of all cells and their runs.
 
     Args:
-        todo: the method of each cell that is to run, in order.
-        fits: for each method, whether it fits adapters.
+        todo: the setting (method and point) of each cell that is to run, in order.
+        fits: for each setting, whether it fits adapters.
         skipped: cells of the grid that are done already.
     """
 
     def __init__(self, todo: Sequence[str], fits: Mapping[str, bool], skipped: int) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
         )
         super().__init__(*columns, transient=True)
         self._todo, self._fits = list(todo), fits

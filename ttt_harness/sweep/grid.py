@@ -1,99 +1,183 @@
-"""The grid of a sweep: which methods there are, which seeds are meant, and the lm_eval call that each cell makes.
+"""The grid of a sweep: methods, points on axes, seeds, and the lm_eval call that each cell makes.
 
 A call is a dict with the names of `lm_eval run`'s own options (`model`, `model_args`, `num_fewshot`, `limit`, ...). A
-cell's call is the one that the user gave, with what its method and its seed put in.
+cell's call is the one that the user gave, with what its method, its point and its seed put in.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ttt_harness.config import TaskSettings, TTTConfig, nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.methods import SETTINGS
+from ttt_harness.sweep.axes import Point, matters, point_text
 
 Call = dict[str, Any]
 
 MAX_SEEDS = 1000
+MAX_CELLS = 10_000
 
-# What tells the cells apart; given for all of them, it would make their names wrong.
-_SET_PER_CELL = {"seed", *(key for method in SETTINGS.values() for key in method.model_args)}
+# What the grid says for each cell; given for all of them, it would make their names wrong.
+_SET_PER_CELL = {"seed", *(key for setting in SETTINGS.values() for key in setting.model_args)} - {"vote_permutations"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one seed: the lm_eval call that it stands for, without where its results go.
+    """One method at one point with one seed: the lm_eval call that it stands for, without where its results go.
 
     call: as the user means it, by which a finished cell is known again.
-    engine: model arguments that only have all cells share one engine, added when the cell runs.
+    point: its place on the axes that matter to its method, `lr=1e-4,epochs=3`; empty where there are none.
+    lora_rank: the largest of all cells that fit, for which the engine that they share makes room; None where the
+        engine takes no adapters.
     """
 
     method: str
     seed: int
     call: Call
-    engine: Mapping[str, Any] = field(default_factory=dict)
+    point: str = ""
+    lora_rank: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells the cell from the others of a sweep: method, point, seed."""
+        return self.method, self.point, self.seed
+
+    @property
+    def setting(self) -> str:
+        """Method and point, for people: "ttt, lr=1e-4, epochs=3"."""
+        return ", ".join([self.method, *(self.point.split(",") if self.point else [])])
 
     @property
     def name(self) -> str:
-        """For people: "ttt, seed 42"."""
-        return f"{self.method}, seed {self.seed}"
+        """For people: "ttt, lr=1e-4, epochs=3, seed 42"."""
+        return f"{self.setting}, seed {self.seed}"
 
     def folder(self, root: Path) -> Path:
         """Where its results are, once it is done."""
-        return root / self.method / f"seed{self.seed}"
+        return root / self.method / self.point / f"seed{self.seed}"
 
     def log(self, root: Path) -> Path:
         """Where a job that runs the cell writes what it prints."""
-        return root / self.method / f"seed{self.seed}.log"
+        return self.folder(root).with_name(f"seed{self.seed}.log")
 
 
-def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call) -> list[Cell]:
+def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call, points: Sequence[Point] = ({},)) -> list[Cell]:
     """The cells of the grid, all methods of the first seed first: a sweep that is cut short compares them all.
 
+    A method has a cell for each point that differs in an axis that matters to it: in-context learning has one for all
+    learning rates.
+
     Raises:
-        ConfigError: `call` sets what the grid sets, or holds a value that is not allowed with one of the methods.
+        ConfigError: `call` sets what the grid sets, or holds a value that is not allowed with one of the methods; an
+            axis matters to none of them; or two cells ask for the same.
     """
-    _refuse_set_per_cell(call)
-    engine: dict[str, Any] = {}
-    if any(SETTINGS[name].fits for name in methods):
-        config = TTTConfig.from_mapping(call["model_args"])
-        rank = call["model_args"].get("max_lora_rank", config.max_lora_rank)
-        engine = {"enable_lora": True, "max_lora_rank": rank}
-    cells = []
-    for seed in seeds:
-        for name in methods:
-            method = SETTINGS[name]
-            cell = copy.deepcopy(call) | {"model": method.model, **method.options}
-            cell["model_args"] = {**cell["model_args"], **method.model_args, "seed": seed}
-            task = TaskSettings.from_mapping(cell["model_args"] | (call.get("metadata") or {}))
-            if task.leave_one_out and task.k < 2:
-                raise ConfigError(
-                    f"k={task.k} is not allowed with {name}: it takes one demonstration out of the prompt, and one "
-                    "has to stay; set k to at least 2."
-                )
-            if method.model == "ttt_vllm":
-                TTTConfig.from_mapping(cell["model_args"])
-            cells.append(Cell(name, seed, cell, engine if method.model == "ttt_vllm" else {}))
-    return cells
+    _refuse_set_per_cell(call, points)
+    _refuse_idle_axes(methods, points)
+    _refuse_idle_votes(methods, call)
+    settings: dict[tuple[str, str], Point] = {}
+    for name in methods:
+        for point in points:
+            own = {axis: value for axis, value in point.items() if matters(axis, SETTINGS[name])}
+            settings.setdefault((name, point_text(own)), own)
+    if len(settings) * len(seeds) > MAX_CELLS:
+        raise ConfigError(f"the grid has {len(settings) * len(seeds)} cells; a sweep takes {MAX_CELLS} at most.")
+    calls = {
+        (name, text, seed): _cell_call(call, name, text, point, seed)
+        for seed in seeds
+        for (name, text), point in settings.items()
+    }
+    _refuse_same(calls)
+    ranks = [
+        TTTConfig.from_mapping(c["model_args"]).lora_rank for (name, *_), c in calls.items() if SETTINGS[name].fits
+    ]
+    rank = max(ranks, default=None)
+    return [
+        Cell(name, seed, one, text, rank if SETTINGS[name].model == "ttt_vllm" else None)
+        for (name, text, seed), one in calls.items()
+    ]
 
 
-def _refuse_set_per_cell(call: Call) -> None:
+def _cell_call(call: Call, name: str, text: str, point: Point, seed: int) -> Call:
+    """The call of one cell.
+
+    Raises:
+        ConfigError: a value is not allowed with the method.
+    """
+    setting = SETTINGS[name]
+    own = copy.deepcopy(call) | {"model": setting.model, **setting.options}
+    given = [own[option].pop("vote_permutations", None) for option in ("model_args", "metadata")]
+    votes = given[1] if given[1] is not None else given[0]  # as lm-eval merges them
+    own["model_args"] = {**own["model_args"], **setting.model_args, **point, "seed": seed}
+    if "vote_permutations" in setting.model_args:
+        if votes is not None:
+            own["model_args"]["vote_permutations"] = votes
+        if TaskSettings.from_mapping(own["model_args"]).vote_permutations < 2:
+            raise ConfigError(
+                f"vote_permutations=1 is not allowed with {name}: one answer is no vote; set it to at least 2, or "
+                f"choose {name.removesuffix('_vote')}."
+            )
+    task = TaskSettings.from_mapping(own["model_args"] | own["metadata"])
+    if task.leave_one_out and task.k < 2:
+        raise ConfigError(
+            f"k={task.k} is not allowed with {', '.join([name, *([text] if text else [])])}: it takes one "
+            "demonstration out of the prompt, and one has to stay; set k to at least 2."
+        )
+    if setting.model == "ttt_vllm":
+        TTTConfig.from_mapping(own["model_args"])
+    return own
+
+
+def _refuse_set_per_cell(call: Call, points: Sequence[Point]) -> None:
+    axes = {axis for point in points for axis in point}
     for option in ("model_args", "metadata"):
         for key in call.get(option) or {}:
+            if key in axes:
+                raise ConfigError(f"{key} stands in --{option} and is an axis of the grid; keep one of them.")
             if key in _SET_PER_CELL:
                 raise ConfigError(
-                    f"{key} must not stand in --{option}: the sweep sets it for each cell; use --methods and --seeds."
+                    f"{key} must not stand in --{option}: the sweep sets it for each cell; use --methods, --seeds and "
+                    "--grid."
                 )
     for option, why in {
-        "num_fewshot": "zero_shot in --methods leaves the demonstrations out",
+        "num_fewshot": "k in --model_args or --grid is the number of demonstrations, and zero_shot in --methods leaves "
+        "them out",
         "model": "--methods chooses between ttt_vllm and ttt_random",
     }.items():
         if call.get(option) is not None:
             raise ConfigError(f"--{option} is not an option of a sweep: {why}; leave it out.")
+
+
+def _refuse_idle_axes(methods: Sequence[str], points: Sequence[Point]) -> None:
+    for axis in dict.fromkeys(axis for point in points for axis in point):
+        if not any(matters(axis, SETTINGS[name]) for name in methods):
+            others = [name for name, setting in SETTINGS.items() if matters(axis, setting)]
+            raise ConfigError(
+                f"the axis {axis} changes nothing in {', '.join(methods)}; leave it out, or add one of "
+                f"{', '.join(others)}."
+            )
+
+
+def _refuse_idle_votes(methods: Sequence[str], call: Call) -> None:
+    given = {**(call.get("model_args") or {}), **(call.get("metadata") or {})}
+    voting = [name for name, setting in SETTINGS.items() if "vote_permutations" in setting.model_args]
+    if "vote_permutations" in given and not set(voting) & set(methods):
+        raise ConfigError(
+            f"vote_permutations changes nothing in {', '.join(methods)}; leave it out, or add one of "
+            f"{', '.join(voting)}."
+        )
+
+
+def _refuse_same(calls: dict[tuple[str, str, int], Call]) -> None:
+    seen: dict[str, str] = {}
+    for (name, text, _), call in calls.items():
+        shown = ", ".join([name, *([text] if text else [])])
+        asked = json.dumps(call, sort_keys=True, default=str)
+        if seen.setdefault(asked, shown) != shown:
+            raise ConfigError(f"{shown} asks for the same as {seen[asked]}; leave one of them out.")
 
 
 def parse_methods(given: str | Iterable[str] | None) -> list[str]:
@@ -108,7 +192,8 @@ def parse_methods(given: str | Iterable[str] | None) -> list[str]:
     for name in names:
         if name not in SETTINGS and name != "all":
             raise ConfigError(
-                f"{name} is not a method: choose all, or some of {', '.join(SETTINGS)}.{nearest(name, SETTINGS)}"
+                f"{_short(name)} is not a method: choose all, or some of {', '.join(SETTINGS)}."
+                f"{nearest(name, SETTINGS)}"
             )
     return list(dict.fromkeys(found for name in names for found in (SETTINGS if name == "all" else [name])))
 
@@ -126,10 +211,10 @@ def parse_seeds(given: str | int | Iterable[str | int] | None) -> list[int]:
         first, dash, last = part.partition("-")
         ends = [first.strip(), last.strip() if dash else first.strip()]
         if not all(end.isascii() and end.isdigit() for end in ends):
-            raise ConfigError(f"seeds={part} is not allowed: write whole numbers, as in 42, 42,43 or 42-46.")
-        low, high = map(int, ends)
+            raise ConfigError(f"seeds={_short(part)} is not allowed: write whole numbers, as in 42, 42,43 or 42-46.")
+        low, high = (int(end) if len(end) <= 20 else 2**32 for end in ends)
         if low > high or high >= 2**32:
-            raise ConfigError(f"seeds={part} is not allowed: a range runs upwards, within 0 to 2**32 - 1.")
+            raise ConfigError(f"seeds={_short(part)} is not allowed: a range runs upwards, within 0 to 2**32 - 1.")
         if len(seeds) + high - low >= MAX_SEEDS:
             raise ConfigError(f"seeds={part} is not allowed: a sweep takes {MAX_SEEDS} seeds at most.")
         seeds |= dict.fromkeys(range(low, high + 1))
@@ -142,22 +227,9 @@ def _texts(given: Any, what: str) -> list[str]:
     values = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     for value in values:
         if not isinstance(value, str | int) or isinstance(value, bool):
-            raise ConfigError(f"{what}={value!r} is not allowed: write a list, or a text with commas.")
+            raise ConfigError(f"{what}={_short(repr(value))} is not allowed: write a list, or a text with commas.")
     return [str(value) for value in values]
 
 
-def read_yaml(path: Path) -> Call:
-    """A grid file: the keys `methods` and `seeds`, and beside them those of lm-eval's own `--config` files.
-
-    Raises:
-        ConfigError: the file cannot be read or is no such mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"--config {path} must hold keys with values, as in `methods: [icl, ttt]`.")
-    return content
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."

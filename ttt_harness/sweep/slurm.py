@@ -1,43 +1,38 @@
-"""A sweep on a SLURM cluster: its cells as the jobs of an array, and what has become of them.
+"""A sweep on a SLURM cluster: its cells as the jobs of an array.
 
 `submit` hands the cells that are not done to submitit. A job runs its cells one after the other, as a sweep by itself
 does (`runner.run_cells`), so a job that is started again skips what is done. In the folder of the sweep:
 
-    <method>/seed<N>/       a finished cell, as of any sweep
-    <method>/seed<N>.log    what its job printed while it ran the cell, from each of its starts
-    slurm/                  submitit's files; <array>.json: the cells of each job of an array
-
-`status` reads these and asks SLURM; it changes nothing.
+    <method>/[<point>/]seed<N>/       a finished cell, as of any sweep
+    <method>/[<point>/]seed<N>.log    what its job printed while it ran the cell, from each of its starts
+    slurm/                            submitit's files; <array>.json: the cells of each job of an array
 """
 
-import getpass
 import importlib.util
-import json
 import logging
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ttt_harness.errors import ConfigError, TTTError
-from ttt_harness.locks import is_locked
 from ttt_harness.serving.environment import environment_as_given
-from ttt_harness.sweep.cells import LOCK, RECORD, failure, is_done, is_partial, locked, noted_grid
+from ttt_harness.sweep.cells import locked
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.sweep.lm_eval_call import load_tasks
+from ttt_harness.sweep.queue import FOLDER, note_array
+from ttt_harness.sweep.runner import run_cells, sort_cells
+from ttt_harness.sweep.status import RUNNING, WAITING, rows_of
 
-FOLDER = "slurm"
-STATES = DONE, RUNNING, WAITING, FAILED, STOPPED, NEW = "done", "running", "waiting", "failed", "stopped", "not started"
-
-# States of SLURM in which a job is still to run its cells, or is at them.
-_QUEUED = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SUSPENDED", "RESIZING"}
-_ACTIVE = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"}
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+_NUMBER = r"\d{1,9}"
+_TIME = re.compile(
+    rf"(?:(?P<days>{_NUMBER})-)?(?P<first>{_NUMBER})(?::(?P<second>{_NUMBER}))?(?::(?P<third>{_NUMBER}))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def minutes(time: str | None) -> int:
         else:  # minutes:seconds
             seconds = parts[0] * 60 + parts[1]
     if not match or not seconds:
-        raise ConfigError(f"--time {time} is not allowed: write minutes, hours:minutes:seconds or days-hours.")
+        raise ConfigError(f"--time {time[:40]} is not allowed: write minutes, hours:minutes:seconds or days-hours.")
     return -(-seconds // 60)
 
 
@@ -129,8 +124,6 @@ class Job:
             TTTError: some of them have failed.
         """
         from lm_eval.utils import setup_logging
-
-        from ttt_harness.sweep.runner import run_cells
 
         setup_logging(logging.ERROR)
         _stop_as_by_ctrl_c()
@@ -176,18 +169,18 @@ def submit(cells: Sequence[Cell], root: Path, resources: Resources) -> int:
     """
     parameters = resources.parameters()
     check_installed()
-    from ttt_harness.sweep.runner import load_tasks
-
-    states = {(row.method, row.seed): row.state for row in _rows(root, cells)}
-    done = [cell for cell in cells if is_done(cell, root)]
-    todo = [c for c in cells if c not in done and states[c.method, c.seed] not in (RUNNING, WAITING)]
-    if len(todo) < len(cells):
-        queued = len(cells) - len(todo) - len(done)
-        print(f"{len(done)} of {len(cells)} cells are done, {queued} are queued or running: skipped.", file=sys.stderr)
+    todo, kept = sort_cells(cells, root)
+    queued = {row.cell.key for row in rows_of(root, cells) if row.state in (RUNNING, WAITING)}
+    done = len(cells) - len(todo) - len(kept)
+    waiting = [cell for cell in todo if cell.key in queued]
+    todo = [cell for cell in todo if cell.key not in queued]
+    if done or waiting:
+        told = f"{done} of {len(cells)} cells are done, {len(waiting)} are queued or running: skipped."
+        print(told, file=sys.stderr)
     if not todo:
-        return 0
+        return 1 if kept else 0
     with locked(root, shared=True):
-        load_tasks(todo[0])
+        load_tasks(todo[0].call)
         per_job = resources.cells_per_job
         groups = [todo[start : start + per_job] for start in range(0, len(todo), per_job)]
         array = _submit([Job(group, root.resolve()) for group in groups], root, parameters)
@@ -196,7 +189,7 @@ def submit(cells: Sequence[Cell], root: Path, resources: Resources) -> int:
         f"`ttt-harness sweep --status --output_path {root}` shows them.",
         file=sys.stderr,
     )
-    return 0
+    return 1 if kept else 0
 
 
 def check_installed() -> None:
@@ -225,118 +218,10 @@ def _submit(jobs: Sequence[Job], root: Path, parameters: Mapping[str, Any]) -> s
                 with executor.batch():
                     submitted = [executor.submit(job) for job in jobs]
         array = submitted[0].job_id.partition("_")[0]
-        cells = {
-            job.job_id: [[cell.method, cell.seed] for cell in what.cells]
-            for job, what in zip(submitted, jobs, strict=True)
-        }
-        (folder / f"{array}.json").write_text(json.dumps(cells, indent=2) + "\n", encoding="utf-8")
+        note_array(root, array, {job.job_id: what.cells for job, what in zip(submitted, jobs, strict=True)})
     except (FailedJobError, FailedSubmissionError) as error:
         said = re.findall(r"error: (.*)", str(error)) or str(error).splitlines()
         raise ConfigError(f"SLURM refuses the job: {said[-1].strip().rstrip('.')}.") from None
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}; choose another --output_path.") from None
     return array
-
-
-# What has become of the cells
-
-
-@dataclass(frozen=True)
-class Row:
-    """The state of one cell, and why it is so, or where it is."""
-
-    method: str
-    seed: int
-    state: str
-    note: str
-
-
-def status(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> int:
-    """Print the state of each cell of the last grid, of those that ran or were submitted before, and of those given.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    if not root.is_dir():
-        raise ConfigError(f"--output_path {root} is no folder: give the one that the sweep was started with.")
-    rows = _rows(root, [Cell(method, seed, {}) for seed in seeds for method in methods])
-    width = max((len(f"{row.method}, seed {row.seed}") for row in rows), default=0)
-    for row in rows:
-        name = f"{row.method}, seed {row.seed}"
-        print(f"{name:{width}}  {row.state:11}  {row.note}".rstrip())
-    counts = {
-        state: sum(row.state == state for row in rows) for state in (DONE, RUNNING, WAITING, FAILED, STOPPED, NEW)
-    }
-    print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "No cell has been started.")
-    return 0
-
-
-def _rows(root: Path, cells: Iterable[Cell]) -> list[Row]:
-    """One row for each cell that is given, in the last grid, submitted, or has left something in the folder."""
-    jobs: dict[tuple[str, int], str] = {}
-    for file in sorted((root / FOLDER).glob("*.json"), key=lambda file: file.stat().st_mtime):
-        for job, its_cells in json.loads(file.read_text(encoding="utf-8")).items():
-            jobs |= dict.fromkeys(map(tuple, its_cells), job)  # the newest job of a cell counts
-    names = dict.fromkeys([*((cell.method, cell.seed) for cell in cells), *noted_grid(root), *jobs])
-    for path in sorted(root.glob("*/seed*")):
-        if match := re.fullmatch(r"seed(\d+)(\.partial|\.failed)?", path.name):
-            names[path.parent.name, int(match[1])] = None
-    open_jobs = {job for name, job in jobs.items() if not (Cell(*name, {}).folder(root) / RECORD).exists()}
-    states = _states(open_jobs) if open_jobs else {}
-    alone = is_locked(root / LOCK)
-    return [_row(root, Cell(*name, {}), jobs.get(name), states, alone) for name in names]
-
-
-def _row(root: Path, cell: Cell, job: str | None, states: Mapping[str, tuple[str, str]], alone: bool) -> Row:
-    def row(state: str, note: str) -> Row:
-        return Row(cell.method, cell.seed, state, note)
-
-    if (cell.folder(root) / RECORD).exists():
-        return row(DONE, str(cell.folder(root)))
-    log = cell.log(root)
-    see = f"; see {log}" if log.exists() else ""
-    reason = failure(cell, root)
-    state, why = states.get(job, ("", "")) if job else ("", "")
-    if state in _QUEUED:
-        return row(WAITING, f"job {job}: {state}{f' ({why})' if why not in ('', 'None') else ''}")
-    if state in _ACTIVE or (not job and alone):
-        if is_partial(cell, root):
-            return row(RUNNING, f"job {job}{see}" if job else "")
-        return row(FAILED, reason + see) if reason else row(WAITING, f"job {job} comes to it" if job else "")
-    if reason:
-        return row(FAILED, reason + see)
-    if job:
-        said = _last_words(root, job)
-        return row(FAILED, f"job {job} ended without its results: {state or 'SLURM does not know it'}{said}{see}")
-    if is_partial(cell, root):
-        return row(STOPPED, "the same command goes on from there")
-    return row(NEW, "")
-
-
-def _states(jobs: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """job -> (state, reason), of the jobs that SLURM still knows: its queue, then its accounting where there is one."""
-    squeue = ["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%i|%T|%r"]
-    arrays = ",".join(sorted({job.partition("_")[0] for job in jobs}))
-    sacct = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={arrays}", "--format=JobID,State,Reason"]
-    states: dict[str, tuple[str, str]] = {}
-    for command in (squeue, sacct):
-        if set(jobs) <= set(states):
-            break
-        try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigError(f"SLURM does not answer ({command[0]}: {type(error).__name__}).") from None
-        if told.returncode and command is squeue:
-            raise ConfigError(f"SLURM does not answer: {' '.join(told.stderr.split()) or 'squeue failed'}.")
-        for line in told.stdout.splitlines():
-            job, state, reason = [*line.split("|"), "", ""][:3]
-            states.setdefault(job, (state.split()[0] if state else "", reason))
-    return states
-
-
-def _last_words(root: Path, job: str) -> str:
-    """What SLURM wrote into a job's log when it ended it, such as "CANCELLED AT 2026-11-23T12:00:00"."""
-    said = []
-    for file in sorted((root / FOLDER).glob(f"{job}_*_log.err")):
-        said += re.findall(r"^(?:slurmstepd|srun): error: (.*)$", file.read_text(errors="replace"), re.MULTILINE)
-    return f", {said[-1].strip(' *')}" if said else ""
