@@ -42,17 +42,15 @@ KNOWN_IMPORTS = {
     ("ttt_harness.cluster.pool", "ttt_harness.harness.model"),
     ("ttt_harness.cluster.worker", "ttt_harness.harness.model"),
 }
-KNOWN_CIRCLES = [{"ttt_harness.sweep.slurm", "ttt_harness.sweep.runner"}]
+KNOWN_CIRCLES: list[set[str]] = []
 # Modules that ask what a method's name means.
 KNOWN_ASKING = {
-    "ttt_harness.estimate.plan",
     "ttt_harness.harness.model",
     "ttt_harness.harness.task",
     "ttt_harness.report.page",
     "ttt_harness.report.published",
     "ttt_harness.report.results",
     "ttt_harness.report.summary",
-    "ttt_harness.sweep.runner",
 }
 
 

@@ -306,7 +306,8 @@ class TestRun:
         monkeypatch.setattr(runner, "make_model", seen.append)
         monkeypatch.setattr(runner, "load_tasks", lambda _: {"t": None})
         monkeypatch.setattr(runner, "run_lm_eval", lambda options: (seen.append(options), write_results(options)))
-        assert run_cells(cells_of(["icl", "ttt"], [42], call(model_args={"pretrained": str(tiny_model)})), tmp_path) == 0
+        cells = cells_of(["icl", "ttt"], [42], call(model_args={"pretrained": str(tiny_model)}))
+        assert run_cells(cells, tmp_path) == 0
         own = {"enable_lora": True, "max_lora_rank": 64, "pretrained": str(tiny_model), "seed": 42}
         assert [options["model_args"] for options in seen] == [
             {**own, "method": method} for method in ("ttt", "icl", "ttt")

@@ -28,6 +28,7 @@ from ttt_harness.sweep.display import duration
 from ttt_harness.sweep.grid import Cell
 from ttt_harness.sweep.grid_file import read_grid_file
 from ttt_harness.sweep.lm_eval_call import one_task_index
+from ttt_harness.terminal import visible
 
 MOST_GPUS = 64
 # Workers that are busy for less than this part of the time are held up by something else than the work.
@@ -218,14 +219,15 @@ def _print(cells: Sequence[CellCost], rates: Rates, each: int, deadline: float |
     )
     print(
         f"One worker ({each} GPU{'s' * (each > 1)}): {rates.fit:.0f} tokens/s to fit, {rates.answer:.0f} to answer, "
-        f"{rates.start:.0f} s to start ({rates.source})."
+        f"{rates.start:.0f} s to start ({visible(rates.source)})."
     )
     print()
     print(f"{'GPUs':>4}  {'one run, tasks spread':>21}  {'bound by':34}  {'one SLURM job a cell':>20}  bound by")
     gpus = each
     while gpus <= max(MOST_GPUS, each):
         one, other = spread_tasks(cells, rates, gpus, each), spread_cells(cells, rates, gpus, each)
-        print(f"{gpus:4}  {duration(one.seconds):>21}  {one.bound:34}  {duration(other.seconds):>20}  {other.bound}")
+        left = f"{gpus:4}  {duration(one.seconds):>21}  {visible(one.bound):34}"
+        print(f"{left}  {duration(other.seconds):>20}  {visible(other.bound)}")
         gpus *= 2
     if deadline is not None:
         _print_cheapest(cells, rates, each, deadline)

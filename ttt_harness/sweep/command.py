@@ -1,7 +1,6 @@
 """What `ttt-harness sweep` runs: the grid of a command line and a file, on this machine or as jobs of SLURM."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ttt_harness.sweep.lm_eval_call import parse_call
 from ttt_harness.sweep.runner import run_cells
 from ttt_harness.sweep.slurm import Resources, submit
 from ttt_harness.sweep.status import print_status
+from ttt_harness.terminal import INTERRUPTED, complain
 
 
 def sweep(
@@ -44,8 +44,8 @@ def sweep(
         with locked(root):
             return run_cells(cells, root)
     except KeyboardInterrupt:
-        print("Stopped before the first cell.", file=sys.stderr)
-        return 130
+        complain("Stopped before the first cell.")
+        return INTERRUPTED
 
 
 def grid_of(

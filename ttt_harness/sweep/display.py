@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from ttt_harness.run.progress import Display
+from ttt_harness.terminal import visible
 
 # Until a setting has been measured, one without a fit is taken to last this part of one with.
 SHARE_WITHOUT_FIT = 0.2
@@ -80,13 +81,14 @@ class SweepDisplay(Display):
         if measured:
             self._done[self._todo[self._finished]].append(seconds)
         self._finished += 1
-        self.print(f"{self._name}: {result} ({duration(seconds)})")
+        self.print(visible(f"{self._name}: {result} ({duration(seconds)})"))
 
     def show(self, share: float, what: str, *, line: bool = False) -> None:  # noqa: ARG002 - a cell has many of them
         """The state of the current cell: `share` of it is done, from 0 to 1."""
         self._show(share, what, line=False)
 
     def _show(self, share: float, what: str, *, line: bool) -> None:
+        what = visible(what)  # task names among it
         left = self._left(time.monotonic())
         # no time is told for a last cell that takes longer than others did
         told = f"about {duration(left)} left" if left is not None and left >= 1 else ""

@@ -118,7 +118,7 @@ def _cell_call(call: Call, name: str, text: str, point: Point, seed: int) -> Cal
         if TaskSettings.from_mapping(own["model_args"]).vote_permutations < 2:
             raise ConfigError(
                 f"vote_permutations=1 is not allowed with {name}: one answer is no vote; set it to at least 2, or "
-                f"choose {name.removesuffix('_vote')}."
+                "choose a method that does not vote."
             )
     task = TaskSettings.from_mapping(own["model_args"] | own["metadata"])
     if task.leave_one_out and task.k < 2:

@@ -30,6 +30,7 @@ from ttt_harness.sweep.cells import (
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import Call, Cell
 from ttt_harness.sweep.lm_eval_call import load_tasks, make_model, no_bars, one_task_index, run_lm_eval, sentence
+from ttt_harness.terminal import INTERRUPTED, complain
 
 Execute = Callable[[Call], None]
 
@@ -49,7 +50,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
     todo, failed = sort_cells(cells, root)
     skipped = len(cells) - len(todo) - len(failed)
     if skipped:
-        print(f"{skipped} of {len(cells)} cells are done already: skipped.", file=sys.stderr)
+        complain(f"{skipped} of {len(cells)} cells are done already: skipped.")
     if todo:
         with contextlib.ExitStack() as stack:
             engine: Mapping[str, Any] = {}
@@ -58,7 +59,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
                 stack.enter_context(no_bars())
                 engine = _check(todo, root)
                 if not logs and (remark := note_grid(cells, root)):  # SLURM's record has the cells of a job
-                    print(f"note: {remark}", file=sys.stderr)
+                    complain(f"note: {remark}")
             fits = {cell.setting: SETTINGS[cell.method].fits for cell in todo}
             display = stack.enter_context(SweepDisplay([cell.setting for cell in todo], fits, skipped))
             if execute is None:
@@ -72,7 +73,7 @@ def run_cells(cells: Sequence[Cell], root: Path, execute: Execute | None = None,
                         display.end(f"failed: {reason}" if reason else "done", measured=not reason)
                 except KeyboardInterrupt:
                     display.print(f"Stopped at {cell.name}. The same command goes on from there.")
-                    return 130
+                    return INTERRUPTED
                 if reason:
                     failed[cell.name] = reason
     return _conclude(len(cells), skipped == len(cells), failed, root)
@@ -90,13 +91,13 @@ def sort_cells(cells: Sequence[Cell], root: Path) -> tuple[list[Cell], dict[str,
             finish_left(cell, root)
             there = found(cell, root)
             if there.remark:
-                print(f"note: {cell.name}: {there.remark}", file=sys.stderr)
+                complain(f"note: {cell.name}: {there.remark}")
             if not there.done:
                 check_place(cell, root)
                 todo.append(cell)
         except KeptError as error:
             kept[cell.name] = str(error)
-            print(f"{cell.name}: {error}", file=sys.stderr)
+            complain(f"{cell.name}: {error}")
     return todo, kept
 
 
@@ -104,10 +105,10 @@ def _conclude(cells: int, nothing_to_do: bool, failed: Mapping[str, str], root: 
     if nothing_to_do:
         return 0
     for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        complain(f"failed: {name}: {reason}")
     done = cells - len(failed)
     told = f"{done} of {cells} cells are in {root}; `ttt-harness summary {root}` shows them."
-    print(told if done else "No cell was finished.", file=sys.stderr)
+    complain(told if done else "No cell was finished.")
     return 1 if failed else 0
 
 
@@ -132,7 +133,7 @@ def _logged(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     except OSError as error:
-        print(f"note: {path} cannot be written ({error.strerror}); the job's own log has it.", file=sys.stderr)
+        complain(f"note: {path} cannot be written ({error.strerror}); the job's own log has it.")
         yield
         return
     sys.stdout.flush()
@@ -193,5 +194,5 @@ def _check(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
         tasks = list(load_tasks(one.call))
     shared = [one.method for one in cells if (how := SETTINGS[one.method].method) and how.shared]
     if shared and len(tasks) == 1:
-        print(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.", file=sys.stderr)
+        complain(f"note: {shared[0]} is fitted on {tasks[0]} alone, the only task.")
     return engine

@@ -28,6 +28,7 @@ from ttt_harness.sweep.lm_eval_call import load_tasks
 from ttt_harness.sweep.queue import FOLDER, note_array
 from ttt_harness.sweep.runner import run_cells, sort_cells
 from ttt_harness.sweep.status import RUNNING, WAITING, rows_of
+from ttt_harness.terminal import INTERRUPTED, complain
 
 _NUMBER = r"\d{1,9}"
 _TIME = re.compile(
@@ -129,7 +130,7 @@ class Job:
         _stop_as_by_ctrl_c()
         with locked(self.root, shared=True):
             status = run_cells(self.cells, self.root, logs=True)
-        if status == 130:
+        if status == INTERRUPTED:
             sys.exit(status)
         if status:
             raise TTTError(f"not all of {', '.join(cell.name for cell in self.cells)} are done")
@@ -176,7 +177,7 @@ def submit(cells: Sequence[Cell], root: Path, resources: Resources) -> int:
     todo = [cell for cell in todo if cell.key not in queued]
     if done or waiting:
         told = f"{done} of {len(cells)} cells are done, {len(waiting)} are queued or running: skipped."
-        print(told, file=sys.stderr)
+        complain(told)
     if not todo:
         return 1 if kept else 0
     with locked(root, shared=True):
@@ -184,10 +185,9 @@ def submit(cells: Sequence[Cell], root: Path, resources: Resources) -> int:
         per_job = resources.cells_per_job
         groups = [todo[start : start + per_job] for start in range(0, len(todo), per_job)]
         array = _submit([Job(group, root.resolve()) for group in groups], root, parameters)
-    print(
+    complain(
         f"{len(todo)} cells are in SLURM's queue as {len(groups)} job{'s' * (len(groups) > 1)}, {array}; "
         f"`ttt-harness sweep --status --output_path {root}` shows them.",
-        file=sys.stderr,
     )
     return 1 if kept else 0
 

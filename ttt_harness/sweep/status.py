@@ -14,6 +14,7 @@ from ttt_harness.sweep.axes import AXES
 from ttt_harness.sweep.cells import FAILED, LOCK, PARTIAL, failure, is_partial, look, named_cell, noted_grid
 from ttt_harness.sweep.grid import Cell
 from ttt_harness.sweep.queue import ACTIVE, QUEUED, job_states, last_words, submitted_cells
+from ttt_harness.terminal import visible
 
 STATES = DONE, RUNNING, WAITING, FAILED_STATE, STOPPED, UNREADABLE, NEW = (
     *("done", "running", "waiting", "failed", "stopped"),
@@ -44,7 +45,7 @@ def print_status(root: Path, cells: Iterable[Cell]) -> None:
     rows = rows_of(root, cells)
     width = max((len(row.cell.name) for row in rows), default=0)
     for row in rows:
-        print(f"{row.cell.name:{width}}  {row.state:11}  {row.note}".rstrip())
+        print(visible(f"{row.cell.name:{width}}  {row.state:11}  {row.note}".rstrip()))
     counts = {state: sum(row.state == state for row in rows) for state in STATES}
     print(", ".join(f"{count} {state}" for state, count in counts.items() if count) or "No cell has been started.")
 
