@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,14 @@ class FitResult:
         with _own_stream():
             moved = {name: tensor.to("cpu") for name, tensor in self.tune_state_dict.items()}
         return FAMILIES[self.shape.architecture].to_peft(moved, self.shape)
+
+
+@dataclass(frozen=True)
+class LogProbabilities:
+    """Natural log-probabilities of some tokens, each shape [tokens]: with an adapter, and from the base model alone."""
+
+    adapter: tuple[float, ...]
+    base: tuple[float, ...]
 
 
 class Trainer:
@@ -177,6 +185,43 @@ class Trainer:
             seconds=time.perf_counter() - start,
         )
 
+    def log_probabilities(self, sequence: TrainingSequence, tune_state_dict: Mapping[str, Tensor]) -> LogProbabilities:
+        """The log-probabilities of the tokens in the sequence's loss mask, in order, without dropout.
+
+        Call it between fits, from the thread that fits: it puts the adapter into the layers that `fit` trains.
+
+        Args:
+            sequence: one that the adapter was trained on, or any other.
+            tune_state_dict: the adapter, as `FitResult.tune_state_dict` has it.
+        """
+        without = {name: tensor for name, tensor in tune_state_dict.items() if name.endswith("lora_b.weight")}
+        seen = []
+        # Compiled layers run as plain Python here: other functions would have to be compiled for two passes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            self.model.eval()
+            try:
+                for state in (tune_state_dict, {name: torch.zeros_like(tensor) for name, tensor in without.items()}):
+                    for name, tensor in state.items():
+                        self.adapter[name].copy_(tensor)
+                    seen.append(self._target_log_probabilities(sequence))
+            finally:
+                self.model.train()
+        return LogProbabilities(adapter=seen[0], base=seen[1])
+
+    def _target_log_probabilities(self, sequence: TrainingSequence) -> tuple[float, ...]:
+        tokens, loss_mask = _pad([sequence])
+        states = target_states(self.model, tokens.to(self.device), loss_mask)
+        found = []
+        for some, wanted in self._in_parts(states, tokens[loss_mask].to(self.device)):
+            logits = self.model.output(some).float()
+            found.append(-functional.cross_entropy(logits, wanted, reduction="none"))
+        return tuple(torch.cat(found).tolist())
+
+    def _in_parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """`tensors`, [positions, ...], cut into as many positions as logits may be held for at a time."""
+        positions = max(1, LOGITS // self.shape.vocab_size)
+        return zip(*(tensor.split(positions) for tensor in tensors), strict=True)
+
     def _diverged(self, what: str, losses: Sequence[float], lr: float) -> ModelError:
         """The error of a fit that has produced infinities or NaN; `what` says where they showed."""
         dtype = str(self.dtype).removeprefix("torch.")
@@ -242,10 +287,7 @@ class Trainer:
         """
         loss = torch.zeros((), device=states.device)
         gradient = torch.empty_like(states)
-        positions = max(1, LOGITS // self.shape.vocab_size)
-        for some, gradient_of_some, wanted in zip(
-            states.detach().split(positions), gradient.split(positions), targets.split(positions), strict=True
-        ):
+        for some, gradient_of_some, wanted in self._in_parts(states.detach(), gradient, targets):
             some.requires_grad_()
             part = functional.cross_entropy(self.model.output(some).float(), wanted, reduction="sum") / labels
             (of_some,) = torch.autograd.grad(part, some)
