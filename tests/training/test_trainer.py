@@ -1,6 +1,8 @@
 """The fit: repeatable, and equal to plain computation. That its model is the one served, test_families.py shows."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchtune.modules.peft import get_adapter_params
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, all_finite, delayed, target_states
+from ttt_harness.training.trainer import Trainer, all_finite, delayed, release_trainer, shared_trainer, target_states
 
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
@@ -233,6 +235,47 @@ def test_a_sequence_of_any_length_fits_the_memory_that_activations_may_take(tiny
     trainer = make_trainer(tiny_model)
     per_token = 2 * (10 * 128 + 2.5 * 256) * 4
     assert trainer.max_tokens * per_token == pytest.approx(528 * 2**20, rel=0.01)  # its weights are next to nothing
+
+
+def test_a_trainer_that_one_thread_loads_is_waited_for_by_another(tiny_model, monkeypatch):
+    shape = ModelShape.from_config(read_config(tiny_model), where="tiny")
+    asked = {**LORA, "dtype": torch.float32, "device": "cpu"}
+    loading, may_end, loaded = threading.Event(), threading.Event(), []
+
+    class Slow(Trainer):
+        def __init__(self, *args, **settings):
+            loading.set()
+            assert may_end.wait(60)
+            super().__init__(*args, **settings)
+            loaded.append(self)
+
+    monkeypatch.setattr("ttt_harness.training.trainer.Trainer", Slow)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(shared_trainer, tiny_model, shape, **asked)
+            assert loading.wait(60)
+            second = threads.submit(shared_trainer, tiny_model, shape, **asked)
+            may_end.set()
+            assert first.result() is second.result()
+        assert len(loaded) == 1
+        assert shared_trainer(tiny_model, shape, **asked | {"rank": 4}) is not first.result()
+        assert len(loaded) == 2
+        assert shared_trainer(tiny_model, shape, **asked | {"rank": 4}) is loaded[1]
+    finally:
+        release_trainer()
+
+
+def test_a_trainer_that_could_not_be_loaded_is_loaded_anew(tiny_model, tmp_path):
+    shape = ModelShape.from_config(read_config(tiny_model), where="tiny")
+    asked = {**LORA, "dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(ModelError):
+        shared_trainer(tmp_path, shape, **asked)
+    for path in tiny_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    try:
+        assert shared_trainer(tmp_path, shape, **asked).shape == shape
+    finally:
+        release_trainer()
 
 
 def test_bfloat16_trains_too(tiny_model, sequences):

@@ -83,9 +83,10 @@ class ServedCheck:
         """
         if not self.passed:
             raise ModelError(
-                f"{what}: {self.verdict} (the log-probabilities of {self.tokens} training tokens differ from the "
-                f"trainer's by {self.mean_difference:.3g} on average, {self.tolerance:.3g} is allowed; the adapter moves "
-                f"them by {self.effect:.3g} in the trainer, and by {self.served_effect:.3g} in vLLM); nothing was answered."
+                f"{what}: {self.verdict} (over {self.tokens} training tokens, log-probabilities differ from the "
+                f"trainer's by {self.mean_difference:.3g} on average, where {self.tolerance:.3g} is allowed; the "
+                f"adapter moves them by {self.effect:.3g} in the trainer, and by {self.served_effect:.3g} in vLLM); "
+                "nothing was answered."
             )
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -297,15 +298,29 @@ class Trainer:
         return loss
 
 
-@functools.lru_cache(maxsize=1)
+_shared: tuple[tuple[Any, ...], Trainer] | None = None
+_shared_lock = threading.Lock()
+
+
 def shared_trainer(model_dir: Path, shape: ModelShape, **settings: Any) -> Trainer:
-    """This process's trainer: the last one, if it has these arguments, else a new one in its place."""
-    return Trainer(model_dir, shape, **settings)
+    """This process's trainer: the last one, if it has these arguments, else a new one in its place.
+
+    A second thread that asks while the first one loads waits for that, so a trainer can be loaded ahead of its use.
+    """
+    global _shared
+    asked = (model_dir, shape, settings)
+    with _shared_lock:
+        if _shared is None or _shared[0] != asked:
+            _shared = None  # so that two models are never in memory
+            _shared = asked, Trainer(model_dir, shape, **settings)
+        return _shared[1]
 
 
 def release_trainer() -> None:
     """Drop this process's trainer and the memory that it holds."""
-    shared_trainer.cache_clear()
+    global _shared
+    with _shared_lock:
+        _shared = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
