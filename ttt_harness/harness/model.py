@@ -388,6 +388,7 @@ class TTTVLLM(Answering):
     def _fit(self, group: Group, progress: RunProgress, where: str) -> FitResult:
         config = self.ttt_config
         progress.say(f"{where}: fitting")
+        assert self._shape is not None
         trainer = shared_trainer(
             self.model_dir,
             self._shape,
