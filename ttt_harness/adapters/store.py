@@ -2,32 +2,38 @@
 
 An adapter is written into a hidden folder beside its place and renamed into it, so that a reader never meets half of
 one, and two writers of the same adapter do not disturb each other. Next to PEFT's two files stands `ttt.json`, the
-record of the fit, with the checksum that tells a damaged adapter.
+record of the fit (`ttt_harness.adapters.record`), by which a damaged or changed adapter is told.
 
-Whoever fits an adapter holds its lock meanwhile (`fitting`), so that others that need it wait for it and then read it.
+Two locks of a key keep processes apart: whoever fits the adapter holds `fitting`, so that others that need it wait for
+it and then read it; whoever serves it holds `using`. `remove` leaves an adapter alone while either is held.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ttt_harness.adapters.names import adapter_key, fingerprint  # noqa: F401 - the run imports them from here
-from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_adapter
+from ttt_harness.adapters.peft import first_not_finite, write_adapter
+from ttt_harness.adapters.record import FILES, RECORD_NAME, Damage, check, seal
+from ttt_harness.adapters.size import size_text
 from ttt_harness.errors import StoreError
-from ttt_harness.locks import file_lock
+from ttt_harness.locks import file_lock, is_locked
 
-RECORD_NAME = "ttt.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRASH = ".trash-"  # what is being removed, and goes with the next removal where a process was killed meanwhile
+# What was in an adapter's place and may be of worth to somebody is kept under its name and this.
+SET_ASIDE = ".set-aside"
 _log = logging.getLogger(__name__)
 
 
@@ -41,26 +47,45 @@ class StoredAdapter:
 
 
 class AdapterStore:
-    """Adapters under one folder, which is made when the first is written."""
+    """Adapters under one folder, which is made when the first is written.
+
+    A store that cannot be written serves the adapters that it holds; only when each was last used is then not noted.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def load(self, key: str) -> StoredAdapter | None:
-        """Return the adapter named `key`, or None where there is none or it is damaged (with a warning)."""
+        """Return the adapter named `key`, or None where there is none.
+
+        One that is damaged or was changed is moved out of the way, with a warning.
+
+        Raises:
+            StoreError: something is wrong with it, and it cannot be moved.
+        """
         path = self.root / key
-        if not path.is_dir():
+        if not os.path.lexists(path):
             return None
         try:
-            record = json.loads((path / RECORD_NAME).read_text())
-            json.loads((path / CONFIG_NAME).read_text())
-            intact = record["sha256"] == _sha256(path / WEIGHTS_NAME)
-        except (OSError, ValueError, KeyError, TypeError):
-            intact = False
-        if not intact:
-            _log.warning("The stored adapter %s is damaged; it is fitted again.", path)
-            return None
+            record = check(path, key)
+        except Damage:
+            return self._make_way(key)
+        self._note_use(path)
         return StoredAdapter(key, path, record)
+
+    def read(self, key: str) -> StoredAdapter:
+        """Return the adapter named `key`, and leave everything as it is.
+
+        Raises:
+            StoreError: there is none, or it is damaged.
+        """
+        path = self.root / key
+        if not os.path.lexists(path):
+            raise StoreError(f"there is no adapter {key} in {self.root}.")
+        try:
+            return StoredAdapter(key, path, check(path, key))
+        except Damage as damage:
+            raise StoreError(f"the adapter {path} {damage}.") from None
 
     @contextmanager
     def fitting(self, key: str) -> Iterator[None]:
@@ -71,13 +96,40 @@ class AdapterStore:
         Raises:
             StoreError: the folder cannot be written.
         """
+        lock = self._lock(key)
         with ExitStack() as stack:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(file_lock(self.root / f".{key}.lock", wait=True))
+                stack.enter_context(file_lock(lock, wait=True))
+            except PermissionError as error:
+                if not (os.path.lexists(lock) and os.access(self.root, os.W_OK | os.X_OK)):
+                    raise self._not_written(key, error) from error
+                _log.warning(
+                    "The lock %s belongs to another user and cannot be opened: %s is fitted without it, and another "
+                    "process may fit it, too. Remove the lock if its owner no longer runs.",
+                    lock,
+                    key,
+                )
             except OSError as error:
+                if lock.is_symlink() or lock.is_dir():
+                    raise StoreError(f"the lock {lock} is no file ({error.strerror}); remove it.") from error
                 raise self._not_written(key, error) from error
             yield
+
+    @contextmanager
+    def using(self, key: str) -> Iterator[StoredAdapter | None]:
+        """Give the adapter named `key`, which stays in the store within the block; None where there is none.
+
+        Where the store cannot be written nothing holds it.
+
+        Raises:
+            StoreError: see `load`.
+        """
+        with ExitStack() as stack:
+            with suppress(OSError):
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(self._use_lock(key), shared=True, wait=True))
+            yield self.load(key)
 
     def files(self, key: str) -> dict[str, bytes]:
         """The files of the adapter named `key`, to be `add`ed to a store that another machine cannot see.
@@ -85,23 +137,27 @@ class AdapterStore:
         Raises:
             OSError: it is not there.
         """
-        return {path.name: path.read_bytes() for path in (self.root / key).iterdir()}
+        return {name: (self.root / key / name).read_bytes() for name in FILES}
 
     def add(self, key: str, files: Mapping[str, bytes]) -> StoredAdapter:
         """Write an adapter that comes from another store.
 
         Raises:
-            StoreError: the folder cannot be written, or the disk is full; nothing is left behind.
+            StoreError: it is damaged, the folder cannot be written, or the disk is full; nothing is left behind.
         """
         with self._written(key) as work:
             for name, content in files.items():
                 (work / name).write_bytes(content)
-        return StoredAdapter(key, self.root / key, json.loads(files[RECORD_NAME]))
+            try:
+                record = check(work, key)
+            except Damage as damage:
+                raise StoreError(f"the adapter {key} that came from another store {damage}.") from None
+        return StoredAdapter(key, self.root / key, record)
 
     def save(
         self,
         key: str,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, "Tensor"],
         *,
         base_model: str,
         rank: int,
@@ -109,16 +165,86 @@ class AdapterStore:
         dropout: float,
         record: Mapping[str, Any],
     ) -> StoredAdapter:
-        """Write an adapter and its record under `key`, in the place of a damaged one if there is one.
+        """Write an adapter and its record under `key`.
 
         Raises:
-            StoreError: the folder cannot be written, or the disk is full; nothing is left behind.
+            StoreError: a weight is not finite, the folder cannot be written, or the disk is full; nothing is left
+                behind.
         """
+        if name := first_not_finite(weights):
+            raise StoreError(
+                f"the adapter {key} is not stored: its fit has diverged, and {name} holds values that are not finite; "
+                "use a smaller lr=, or dtype=bfloat16 in place of float16."
+            )
         with self._written(key) as work:
             write_adapter(work, weights, base_model=base_model, rank=rank, alpha=alpha, dropout=dropout)
-            full_record = {**record, "sha256": _sha256(work / WEIGHTS_NAME)}
-            (work / RECORD_NAME).write_text(json.dumps(full_record, indent=2) + "\n")
+            full_record = seal(record, key, work)
+            (work / RECORD_NAME).write_text(json.dumps(full_record, indent=2) + "\n", encoding="utf-8")
         return StoredAdapter(key, self.root / key, full_record)
+
+    def remove(self, key: str) -> bool:
+        """Remove the adapter named `key`. Returns False where a process is fitting or serving it.
+
+        It is first renamed: a process that is killed meanwhile leaves a whole adapter, or none and some trash, which
+        the next removal takes along.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+        try:
+            with file_lock(self._lock(key)), file_lock(self._use_lock(key)):
+                trash = self._to_trash(key)
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise StoreError(
+                f"the adapter {self.root / key} cannot be removed ({error.strerror or error}); see who owns it."
+            ) from error
+        _delete(trash)
+        return True
+
+    def is_busy(self, key: str) -> bool:
+        """Whether a process is fitting or serving the adapter named `key`."""
+        return is_locked(self._lock(key)) or is_locked(self._use_lock(key), shared=True)
+
+    def free_bytes(self) -> int:
+        """What a user may still write to the disk of the store."""
+        folder = next(path for path in (self.root, *self.root.absolute().parents) if path.is_dir())
+        return shutil.disk_usage(folder).free
+
+    def check_room(self, needed: int) -> int:
+        """Check that `needed` bytes can be written, and return how many are free.
+
+        Raises:
+            StoreError: they cannot: the disk is too full, or the folder cannot be written.
+        """
+        if not needed:
+            return self.free_bytes()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"ttt")
+        except OSError as error:
+            raise StoreError(
+                f"adapters cannot be written to {self.root} ({error.strerror or error}); choose another folder with "
+                "adapter_dir=."
+            ) from error
+        free = self.free_bytes()
+        if needed > free:
+            raise StoreError(
+                f"the fits of this run take {size_text(needed)} in {self.root}, and {size_text(free)} are free there; "
+                "free space (ttt-harness adapters prune), use a smaller lora_rank=, or choose another folder with "
+                "adapter_dir=."
+            )
+        return free
+
+    def _lock(self, key: str) -> Path:
+        return self.root / f".{key}.lock"
+
+    def _use_lock(self, key: str) -> Path:
+        return self.root / f".{key}.use"
 
     @contextmanager
     def _written(self, key: str) -> Iterator[Path]:
@@ -134,16 +260,67 @@ class AdapterStore:
             try:
                 work.rename(path)
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
-                if self.load(key) is None:
-                    shutil.rmtree(path, ignore_errors=True)
+                try:
+                    check(path, key)  # another process was faster, and has written the same
+                except Damage as damage:
+                    self._clear(key, damage)
                     work.rename(path)
         except OSError as error:
             raise self._not_written(key, error) from error
         finally:
             if work is not None:
                 shutil.rmtree(work, ignore_errors=True)
+
+    def _make_way(self, key: str) -> StoredAdapter | None:
+        """Move what is damaged out of an adapter's place, unless another process has the adapter's lock."""
+        path = self.root / key
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self._lock(key)))
+            except BlockingIOError:
+                return None  # it is being fitted
+            except OSError as error:
+                _log.debug("%s: %s", self._lock(key), error)  # then the rename tells what is allowed
+            try:
+                return StoredAdapter(key, path, check(path, key))  # written by another process meanwhile
+            except Damage as damage:
+                if not os.path.lexists(path):
+                    return None
+                try:
+                    self._clear(key, damage)
+                except OSError as error:
+                    raise StoreError(
+                        f"the stored adapter {path} {damage}, and cannot be replaced ({error.strerror or error}); "
+                        "remove it, or choose another folder with adapter_dir=."
+                    ) from error
+        return None
+
+    def _clear(self, key: str, damage: Damage) -> None:
+        """Delete a damaged adapter. What holds anything else than a fit has written, or cannot be read, is kept."""
+        path = self.root / key
+        if _is_ours_alone(path):
+            _log.warning("The stored adapter %s %s; it is fitted again.", path, damage)
+            _delete(self._to_trash(key))
+            return
+        aside = path.with_name(f"{key}{SET_ASIDE}")
+        while os.path.lexists(aside):
+            aside = path.with_name(f"{key}{SET_ASIDE}-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        _log.warning(
+            "The stored adapter %s %s; it is fitted again, and what was there is now %s.", path, damage, aside.name
+        )
+
+    def _to_trash(self, key: str) -> Path:
+        trash = self.root / f"{TRASH}{key}-{uuid.uuid4().hex[:8]}"
+        (self.root / key).rename(trash)
+        return trash
+
+    def _note_use(self, path: Path) -> None:
+        """Have the record's time of change say when the adapter was last used; see `inventory`."""
+        with suppress(OSError):  # of a store that others own
+            os.utime(path / RECORD_NAME)
 
     def _not_written(self, key: str, error: OSError) -> StoreError:
         reason = error.strerror or str(error)
@@ -153,13 +330,30 @@ class AdapterStore:
         )
 
 
+def _is_ours_alone(path: Path) -> bool:
+    """Whether a folder holds nothing but files of the names that a fit writes, all of which can be read."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        for entry in path.iterdir():
+            if entry.name not in FILES or entry.is_symlink() or not entry.is_file():
+                return False
+            with entry.open("rb") as file:
+                file.read(1)
+    except OSError:
+        return False
+    return True
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _sync(folder: Path) -> None:
     """Make the disk write what was written, so that a full one is noticed before the rename."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
