@@ -123,7 +123,7 @@ def test_several_others_begin_with_a_summary(capsys, two, tmp_path):
         ttt=ttt(["bbh_ttt_snarks"], loss_on="all"),
     )
     _, out, _ = call(capsys, "compare", *two, third)
-    assert "all runs against 10-shot (50.0)" in out
+    assert "all runs compared with 10-shot (50.0)" in out
     assert "10-shot → ttt_loss_all" in out
 
 

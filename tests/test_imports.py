@@ -47,10 +47,6 @@ KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_ASKING = {
     "ttt_harness.harness.model",
     "ttt_harness.harness.task",
-    "ttt_harness.report.page",
-    "ttt_harness.report.published",
-    "ttt_harness.report.results",
-    "ttt_harness.report.summary",
 }
 
 

@@ -5,6 +5,7 @@ a subcommand runs, so that `--help` answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +108,8 @@ def _named(given: Sequence[str]) -> list[tuple[str | None, str]]:
     found: list[tuple[str | None, str]] = []
     for text in given:
         name, equals, path = text.partition("=")
-        found.append((name, path) if equals and name and not Path(text).exists() else (None, text))
+        whole = os.path.exists(text)  # not Path.exists, which raises for what cannot be a path
+        found.append((name, path) if equals and name and not whole else (None, text))
     names = [name for name, _ in found if name]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ReportError(f"the name {', '.join(twice)} is given to two runs; give each its own.")
@@ -132,16 +134,21 @@ def _add_report(subparsers: Subparsers) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ttt_harness.report.page import build_page
-    from ttt_harness.report.results import find_run, find_runs, same_run
+    from ttt_harness.report.results import find_run, same_run, search_runs
 
-    named = [(run, name) for name, path in _named(args.paths) for run in find_runs(path)]
+    named, remarks = [], []
+    for name, path in _named(args.paths):
+        found, said = search_runs(path)
+        named += [(run, name) for run in found]
+        remarks += said
     runs = [run for run, _ in named]
     base = None
     if args.base:
-        base, remarks = find_run(args.base)
+        base, said = find_run(args.base)
         base = next((run for run in runs if same_run(run, base)), base)
-        for remark in remarks:
-            complain(f"warning: {remark}")
+        remarks += said
+    for remark in remarks:
+        complain(f"warning: {remark}")
     page = build_page(
         runs,
         names={run: name for run, name in named if name},

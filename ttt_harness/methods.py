@@ -97,15 +97,27 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+def method_of(settings: Mapping[str, Any]) -> Method | None:
+    """The method of the settings that results state; None where they state none, or one that is not known."""
+    name = settings.get("method")
+    return METHODS.get(name) if isinstance(name, str) else None
+
+
+def is_guessing(settings: Mapping[str, Any]) -> bool:
+    """Whether results were drawn at random, by the settings that they state."""
+    return settings.get("method") == "random"
+
+
 def setting_name(settings: Mapping[str, Any], *, zero_shot: bool, leave_one_out: bool, vote: bool) -> str:
     """The name of what was run, in the manner of `SETTINGS`, in which combinations may be missing.
 
     Args:
-        settings: the model arguments that the results of a `ttt_vllm` run state, with `method` among them.
+        settings: the model arguments that the results of a `ttt_vllm` run state. Those of other models, which fit
+            nothing, state no `method`.
         zero_shot: the prompts held no demonstrations.
         leave_one_out, vote: the metadata of the tasks.
     """
-    name = str(settings["method"])
+    name = str(settings.get("method", "icl"))
     method = METHODS.get(name)
     if method is not None and not method.fits and zero_shot:
         return "zero_shot"

@@ -7,6 +7,7 @@ wrote. They pass through `visible` before they are printed, and go into rich's t
 
 import codecs
 import io
+import json
 import os
 import sys
 import unicodedata
@@ -46,6 +47,11 @@ def shortened(text: str, room: int) -> str:
         return text
     tail = (room - 1) // 2
     return f"{text[: room - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def visible_json(text: str) -> str:
+    """JSON text with the same characters as JSON's own escapes, `\\u009b`: what it says stays the same."""
+    return "".join(json.dumps(c)[1:-1] if c > "\x7e" and _is_unseen(c) else c for c in text)
 
 
 def cell(text: object, style: str = "") -> "Text":

@@ -107,7 +107,7 @@ def test_odd_ttt_entries_are_no_error(tmp_path, damage):
     run.raw["config"]["ttt"] = damage
     assert run.method == "10-shot"
     fit = run.fit("t")
-    assert fit is None or fit.losses == ()
+    assert fit is None or fit.losses == []
 
 
 def test_method_of_other_models(tmp_path):

@@ -10,9 +10,10 @@ import pytest
 from tests.report.runs import ttt, write_run
 from ttt_harness import cli
 from ttt_harness.errors import ReportError
+from ttt_harness.methods import SETTINGS
 from ttt_harness.report import published
 from ttt_harness.report.results import read_run
-from ttt_harness.report.summary import COLUMNS, PUBLISHED, read, tables
+from ttt_harness.report.summary import COLUMNS, read, tables
 
 TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
 
@@ -87,7 +88,7 @@ def three_seeds(tmp_path):
     ],
 )
 def test_every_method_is_known_by_its_results_file(tmp_path, name, run):
-    assert name in PUBLISHED
+    assert name in SETTINGS
     assert read_run(write(tmp_path, 5, **run)).method == name
 
 
@@ -118,7 +119,8 @@ def test_published_figures_stand_beside(three_seeds, tmp_path):
 
 
 def test_every_published_method_has_figures():
-    assert {name for name in PUBLISHED.values() if name} == set(published.published_results()["average"])
+    names = {setting.published for setting in SETTINGS.values() if setting.published}
+    assert names == set(published.published_results()["average"])
 
 
 def test_the_exact_expectation_of_guessing(three_seeds):

@@ -13,7 +13,6 @@ from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.errors import ConfigError
 from ttt_harness.methods import METHODS as FIT_METHODS
 from ttt_harness.methods import SETTINGS
-from ttt_harness.report.summary import PUBLISHED
 from ttt_harness.run.progress import Display, RunProgress, showing
 from ttt_harness.sweep import command, display, runner
 from ttt_harness.sweep.cells import locked
@@ -36,9 +35,6 @@ def cell_of(method, seed=42, **options):
 
 
 class TestMethods:
-    def test_are_those_of_the_study_and_of_the_summary(self):
-        assert list(SETTINGS) == list(PUBLISHED)
-
     def test_every_method_of_the_model_is_reached(self):
         assert {method.model_args.get("method") for method in SETTINGS.values()} == {None, *FIT_METHODS}
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from ttt_harness.errors import ReportError
 from ttt_harness.report import published
-from ttt_harness.report.results import Metric, Run, Sample, Score, same_run
+from ttt_harness.report.results import Metric, Run, Score, same_run
+from ttt_harness.report.samples import Sample
 from ttt_harness.report.statistics import (
     Difference,
     Floats,
@@ -53,6 +54,11 @@ class Row:
     p_holm: float | None = None
     published_base: float | None = None
     published_other: float | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its scores read best in percent."""
+        return self.base.is_share and self.other.is_share
 
     @property
     def paired(self) -> bool:
@@ -239,13 +245,18 @@ def offered_metrics(run: Run, tasks: Sequence[str]) -> str:
 
 def _compare(base: Run, other: Run, wanted: str | None, read: Reader) -> tuple[list[Row], list[str]]:
     where = f"{base.path} and {other.path}"
-    tasks = [task for task in base.tasks if task in other.raw["results"]]
+    tasks = [task for task in base.tasks if task in other.results]
     if not tasks:
         raise ReportError(
             f"{where} have no task in common: the first has {some(base.tasks)}, the second {some(other.tasks)}."
         )
     chosen = {task: found for task in tasks if (found := choose_metric(base, other, task, wanted))}
     if not chosen:
+        if answered := [run for run in (base, other) if all(run.predicted_only(task) for task in tasks)]:
+            raise ReportError(
+                f"{answered[0].path} has no score for {some(tasks)}: it was run with --predict_only; "
+                f"run it without, or look at its answers with ttt-harness report."
+            )
         raise ReportError(
             f"no shared task has the metric {wanted}; choose from {offered_metrics(base, tasks)}."
             if wanted
@@ -319,7 +330,7 @@ def _mean_rows(
     remarks: list[str] = []
     covered = False
     for group, tasks in base.groups.items():
-        if group not in other.groups or group not in base.raw["results"] or group not in other.raw["results"]:
+        if group not in other.groups or group not in base.results or group not in other.results:
             continue
         metrics = {by_name[task].metric for task in tasks if task in by_name}
         shared = [m for m in metrics if m in base.metrics(group) and m in other.metrics(group)]
@@ -384,7 +395,7 @@ def comparability_warnings(base: Run, other: Run, tasks: Sequence[str]) -> list[
     if base.lm_eval_version != other.lm_eval_version:
         found.append(f"lm-eval versions differ: {base.lm_eval_version} and {other.lm_eval_version}.")
     aspects: list[tuple[str, Any]] = [
-        ("Task versions differ", lambda run, task: run.raw.get("versions", {}).get(task)),
+        ("Task versions differ", lambda run, task: run.version(task)),
         ("Seeds of the split differ", lambda run, task: run.metadata(task, "seed")),
         ("Numbers of demonstrations k differ", lambda run, task: run.metadata(task, "k")),
         ("Data sets or splits differ", _split),
@@ -410,8 +421,8 @@ def comparability_warnings(base: Run, other: Run, tasks: Sequence[str]) -> list[
     hashed = [
         task
         for task in tasks
-        if (one := (base.raw.get("task_hashes") or {}).get(task))
-        and (two := (other.raw.get("task_hashes") or {}).get(task))
+        if (one := base.task_hash(task))
+        and (two := other.task_hash(task))
         and one != two
         and not (base.has_samples(task) and other.has_samples(task))
     ]

@@ -109,13 +109,9 @@ def lines(by_seed: Mapping[Any, Comparison]) -> list[Line]:
     return [_line(rows[0]) if len(by_seed) == 1 else _mean_line(rows) for rows in found.values()]
 
 
-def _share(row: Row) -> bool:
-    return row.base.higher_is_better and 0 <= row.base.value <= 1 and 0 <= row.other.value <= 1
-
-
 def _line(row: Row) -> Line:
     d = row.difference
-    share = _share(row)
+    share = row.is_share
 
     def interval(side: str) -> Bounds:
         score = getattr(row, side)
@@ -161,7 +157,7 @@ def _mean_line(rows: Sequence[Row]) -> Line:
         name=first.name,
         level=first.level,
         metric=first.metric,
-        share=all(map(_share, rows)),
+        share=all(row.is_share for row in rows),
         higher_is_better=first.base.higher_is_better,
         n=total("n"),
         base=_spread([row.base.value for row in rows]),
@@ -179,16 +175,16 @@ def lines_of_one(method: Method, metric: str | None) -> list[Line]:
     """The scores of a single method, where there is nothing to compare it with; their means over its seeds."""
     run, runs = method.first, list(method.runs.values())
     found = []
-    names = [*(group for group in run.groups if group in run.raw["results"]), *run.tasks]
+    names = [*(group for group in run.groups if group in run.results), *run.tasks]
     for name in names:
         chosen = choose_metric(run, run, name, metric)
         if chosen is None:
             continue
-        scored = [other for other in runs if name in other.raw["results"] and chosen in other.metrics(name)]
+        scored = [other for other in runs if name in other.results and chosen in other.metrics(name)]
         scores = [other.score(name, chosen) for other in scored]
         score = scores[0]
         task = name not in run.groups
-        share = score.higher_is_better and all(0 <= one.value <= 1 for one in scores)
+        share = all(one.is_share for one in scores)
         n = run.questions(name) if task else None
         if len(scores) > 1:
             value = _spread([one.value for one in scores])

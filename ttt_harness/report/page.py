@@ -19,6 +19,7 @@ from ttt_harness.report.compare import Comparison, KeptSamples, compare_runs, of
 from ttt_harness.report.figures import Line, Method
 from ttt_harness.report.questions import question_columns
 from ttt_harness.report.results import Run
+from ttt_harness.terminal import visible
 
 
 def build_page(
@@ -41,8 +42,8 @@ def build_page(
         raise ReportError("there is no run to report; name folders that lm_eval wrote with --output_path.")
     runs, remarks = figures.without_doubles([*([base] if base else []), *(run for run in runs if run is not base)])
     if base is None:
-        untrained = [run for run in runs if run.settings.get("method") in (None, "icl")]
-        base = min(untrained or runs, key=lambda run: (run.method in ("0-shot", "zero_shot"), run.date or 0))
+        untrained = [run for run in runs if not run.fits]
+        base = min(untrained or runs, key=lambda run: (run.zero_shot, run.date or 0))
     methods, said = figures.group_by_seed(runs, base, names or {})
     remarks += said
     seeds = list(dict.fromkeys(seed for method in methods for seed in method.runs))
@@ -77,9 +78,9 @@ def build_page(
             raise ReportError(f"no run has the metric {metric}; choose from {offered_metrics(base, base.tasks)}.")
     prefix = task_prefix(tasks)
     data = {
-        "labels": [method.label for method in methods],
-        "seeds": [None if seed is None else str(seed) for seed in seeds],
-        "tasks": [{"name": task, "short": task.removeprefix(prefix)} for task in tasks],
+        "labels": [visible(method.label) for method in methods],
+        "seeds": [None if seed is None else visible(seed) for seed in seeds],
+        "tasks": [{"name": visible(task), "short": visible(task.removeprefix(prefix))} for task in tasks],
         "rows": {str(i): [_plain(row, prefix) for row in found] for i, found in rows.items()},
         "losses": figures.loss_curves(methods, tasks),
         **questions,
@@ -108,17 +109,17 @@ def build_page(
 
 def _title(methods: Sequence[Method]) -> str:
     models = ", ".join(dict.fromkeys(method.first.model for method in methods))
-    trained = any(method.first.settings.get("method", "icl") != "icl" for method in methods)
+    trained = any(method.first.fits for method in methods)
     return f"Test-time training of {models}" if trained else f"Results of {models}"
 
 
 def _plain(line: Line, prefix: str) -> dict[str, Any]:
     """A line as page.js reads it."""
     return {
-        "name": line.name,
-        "short": line.name.removeprefix(prefix) if line.level == "task" else line.name,
+        "name": visible(line.name),
+        "short": visible(line.name.removeprefix(prefix) if line.level == "task" else line.name),
         "level": line.level,
-        "metric": str(line.metric),
+        "metric": visible(line.metric),
         "share": line.share,
         "up": line.higher_is_better,
         "n": line.n,
@@ -167,6 +168,7 @@ def _render(*, data: Any, **values: Any) -> str:
     parts = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.lstrip_blocks = True
+    environment.finalize = lambda value: visible(value) if type(value) is str else value  # Markup stays as it is
     environment.filters |= {"score": _score, "signed": _signed, "p": _p, "seconds": _seconds, "count": _count}
     template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     digest = base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode()

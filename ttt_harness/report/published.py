@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import Run
 
 TASK_PREFIX = "bbh_ttt_"
@@ -32,8 +33,13 @@ class Published:
 
 def published_for(run: Run) -> Published | None:
     """The published method that a run repeats, as closely as its settings tell; None when there is none."""
-    method = _method(run)
-    data = published_results()
+    return published_setting(run.setting)
+
+
+@cache
+def published_setting(name: str | None) -> Published | None:
+    """The published method that stands for a setting (see `methods.SETTINGS`); None where there is none."""
+    method, data = SETTINGS[name].published if name in SETTINGS else None, published_results()
     if method is None or method not in data["per_task"]:
         return None
     scores = {TASK_PREFIX + task: percent / 100 for task, percent in data["per_task"][method].items()}
@@ -63,32 +69,15 @@ def differences(runs: Sequence[Run], tasks: Sequence[str]) -> str:
     counts = {str(k) for run in runs for task in tasks if (k := run.metadata(task, "k")) not in (None, data["k"])}
     if counts:
         found.append(f"k={', '.join(sorted(counts))} ({data['k']})")
-    if any(run.config.get("limit") for run in runs):
+    if any(run.limit is not None for run in runs):
         found.append("only some of the questions (--limit)")
     if any(run.metadata(task, "generation_budget") not in (None, "published") for run in runs for task in tasks):
         found.append("answers are not cut at the published number of tokens")
     for run in runs:
         published = published_for(run)
-        if published and run.settings.get("method") not in (None, "icl"):
+        if published and run.fits:
             found += _changed_settings(run, published.method)
     return "; ".join(dict.fromkeys(found))
-
-
-def _method(run: Run) -> str | None:
-    settings, method = run.settings, run.settings.get("method")
-    if any(run.metadata(task, "leave_one_out") for task in run.tasks):
-        return None  # an ablation without published figures
-    votes = any((run.metadata(task, "vote_permutations") or 1) > 1 for task in run.tasks)
-    if method in (None, "icl"):
-        shots = {run.shots(task) for task in run.tasks if task.startswith(TASK_PREFIX)}
-        if shots == {0}:
-            return "zero_shot"
-        return ("few_shot_vote" if votes else "few_shot") if shots else None
-    if method == "ttt":
-        if settings.get("loss_on", "outputs") != "outputs":
-            return f"ttt_loss_{settings['loss_on']}"
-        return "ttt" + ("" if settings.get("shuffle", True) else "_no_shuffle") + ("_vote" if votes else "")
-    return str(method)
 
 
 # our setting -> its name in the published hyperparameters
@@ -105,8 +94,7 @@ _SETTINGS = {
 
 def _changed_settings(run: Run, method: str) -> list[str]:
     table = published_results()["hyperparameters"]
-    family = next((name for name in ("shared_ttt", "shared_e2e", "e2e") if method.startswith(name)), "ttt")
-    expected = {**table["ttt"], **table.get("e2e" if family == "shared_e2e" else family, {}), **table.get(family, {})}
+    expected = {**table["ttt"], **table.get(method, {})}  # a method's own row tells what differs from the first
     return [
         f"{ours}={run.settings[ours]} ({expected[theirs]})"
         for ours, theirs in _SETTINGS.items()

@@ -11,7 +11,8 @@ from typing import Any
 
 from ttt_harness.report.compare import KeptSamples, choose_metric, common_start
 from ttt_harness.report.figures import Method
-from ttt_harness.report.results import Metric, Sample
+from ttt_harness.report.results import Metric
+from ttt_harness.report.samples import NO_SCORE, Sample
 
 
 @dataclass
@@ -46,11 +47,13 @@ def question_columns(
             places: dict[tuple[str, int], int] = {}
             for m, method in enumerate(methods):
                 run = method.runs.get(seed)
-                if run is None or task not in run.raw["results"]:
+                if run is None or task not in run.results:
                     continue
                 against = methods[0].runs.get(seed, run)
-                other = against if task in against.raw["results"] else run
+                other = against if task in against.results else run
                 chosen = choose_metric(other, run, task, metric) or choose_metric(run, run, task)
+                if chosen is None and run.predicted_only(task):
+                    chosen = Metric(NO_SCORE, run.filters(task)[0])
                 if chosen is None or not run.has_samples(task):
                     continue
                 samples = run.samples(task, chosen.filter)

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ttt_harness.report.results import Metric, Run, Sample, Score, find_run, find_runs
+from ttt_harness.report.results import Metric, Run, Score, find_run, search_runs
+from ttt_harness.report.samples import Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,10 @@ class SeedsRun(Run):
     def metadata(self, task: str, key: str) -> Any:
         """As of one run; all seeds for `seed`."""
         return self.seeds if key == "seed" else super().metadata(task, key)
+
+    def metrics(self, name: str) -> list[Metric]:
+        """Those that all runs have."""
+        return [metric for metric in super().metrics(name) if all(metric in run.metrics(name) for run in self.runs)]
 
     def questions(self, task: str) -> int | None:
         """How many different questions were scored; without samples, how many in the run with most."""
@@ -71,20 +76,18 @@ class SeedsRun(Run):
 
 def find_compared(given: str | Path) -> tuple[Run, list[str]]:
     """As `find_run`; but where a folder holds one method's runs with several seeds, all of them as one."""
-    newest, remarks = find_run(given)
-    if not remarks:  # the only one
-        return newest, remarks
-    found = find_runs(given)
+    found, remarks = search_runs(given)
+    newest = found[-1]
     by_seed = {run.seed: run for run in found}  # the newest of each seed
     if len(by_seed) < 2 or any(run.setup != newest.setup for run in found):
-        return newest, remarks
+        return find_run(given)
     runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
     last = runs[-1]
-    results = {task: last.raw["results"][task] for task in last.tasks}
-    hashes = {task: [(run.raw.get("task_hashes") or {}).get(task) for run in runs] for task in last.tasks}
+    results = {task: last.results[task] for task in last.tasks}
+    hashes = {task: [run.task_hash(task) for run in runs] for task in last.tasks}
     raw = {**last.raw, "results": results, "group_subtasks": {}, "task_hashes": hashes}
     run = SeedsRun(Path(given), raw, {}, runs=runs)
-    return run, [f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
+    return run, [*remarks, f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
 
 
 def _mean(number: int, by_seed: dict[Any, Sample]) -> Sample:

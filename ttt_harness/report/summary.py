@@ -17,29 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ttt_harness.errors import ReportError
+from ttt_harness.methods import SETTINGS
 from ttt_harness.report import published
-from ttt_harness.report.compare import MEAN_ROW, choose_metric, some, task_prefix
-from ttt_harness.report.results import Metric, Run, find_runs
+from ttt_harness.report.compare import MEAN_ROW, some, task_prefix
+from ttt_harness.report.results import Metric, Run, search_runs
+from ttt_harness.report.tables import markdown
+from ttt_harness.terminal import cell, console, shortened, visible, visible_json
 
 SCHEMA = "ttt-harness.summary/1"
-
-# Our names of the published methods, in the order of the tables; None: no published figure.
-PUBLISHED: dict[str, str | None] = {
-    "random": "random",
-    "zero_shot": "zero_shot",
-    "icl": "few_shot",
-    "icl_vote": "few_shot_vote",
-    "ttt": "ttt",
-    "ttt_vote": "ttt_vote",
-    "ttt_loss_all": "ttt_loss_all",
-    "ttt_loss_last": "ttt_loss_last",
-    "ttt_no_shuffle": "ttt_no_shuffle",
-    "ttt_no_shuffle_vote": "ttt_no_shuffle_vote",
-    "ttt_leave_one_out": None,
-    "shared_ttt": "shared_ttt",
-    "e2e": "e2e",
-    "shared_e2e": "shared_e2e",
-}
+NO_SCORE = "no score"
 
 COLUMNS = (
     "method",
@@ -57,17 +43,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Line:
-    """One method's score of one task or group; see `COLUMNS`."""
+    """One method's score of one task or group; see `COLUMNS`.
+
+    mean: None where the task was answered but not scored. share: the score reads best in percent.
+    """
 
     method: str
     name: str
     level: Literal["task", "group", "mean"]
     metric: Metric
-    mean: float
+    mean: float | None
     sd: float | None
     seeds: tuple[Any, ...]
     published: float | None
     expected: float | None
+    share: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,17 +89,14 @@ def read(folders: Sequence[str | Path]) -> Summary:
     Raises:
         ReportError: there are no results, or a file is damaged.
     """
-    return summarize([run for folder in folders for path in _finished(Path(folder)) for run in find_runs(path)])
+    found = [search_runs(folder) for folder in folders]
+    return summarize([run for runs, _ in found for run in runs], [said for _, remarks in found for said in remarks])
 
 
-def _finished(path: Path) -> list[Path]:
-    """The results files in a folder; where there are none, the path itself, for `find_runs` to say so."""
-    files = [file for file in path.rglob("results*.json") if not any(p.endswith(".partial") for p in file.parts)]
-    return sorted(files) or [path]
-
-
-def summarize(runs: Sequence[Run]) -> Summary:
+def summarize(runs: Sequence[Run], remarks: Sequence[str] = ()) -> Summary:
     """Means over the seeds of each method. Of two runs alike the newer counts, and a remark says so.
+
+    remarks: on the reading of the runs, kept for the reader.
 
     Raises:
         ReportError: there is no run, or they are of several sweeps.
@@ -122,8 +109,8 @@ def summarize(runs: Sequence[Run]) -> Summary:
     _refuse_several_sweeps(found)
     by_method: dict[str, dict[Any, Run]] = {}
     lines: list[Line] = []
-    remarks = []
-    order = list(PUBLISHED)
+    remarks = list(remarks)
+    order = list(SETTINGS)
     methods = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
     for method in methods:
         by_method[method] = {}
@@ -141,7 +128,7 @@ def summarize(runs: Sequence[Run]) -> Summary:
     if any(line.published is not None for line in lines):
         tasks = [task for run in chosen for task in run.tasks if task.startswith(published.TASK_PREFIX)]
         remarks.append(f"Published: {published.source()}.")
-        model_runs = [run for run in chosen if run.method != "random"]
+        model_runs = [run for run in chosen if run.has_model]
         differs = published.differences(model_runs, list(dict.fromkeys(tasks))) if model_runs else ""
         remarks += [f"Here instead: {differs}."] if differs else []
     return Summary(tuple(lines), tuple(dict.fromkeys(remarks)))
@@ -150,13 +137,16 @@ def summarize(runs: Sequence[Run]) -> Summary:
 def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
     """A line per group and task; without a group, one for the plain mean of the tasks in its place."""
     runs = list(by_seed.values())
-    groups = list(dict.fromkeys(group for run in runs for group in run.groups if group in run.raw["results"]))
+    groups = list(dict.fromkeys(group for run in runs for group in run.groups if group in run.results))
     tasks = runs[0].tasks
     lines = [line for name in (*groups, *tasks) if (line := _line(method, name, by_seed))]
-    scored = [line for line in lines if line.level == "task"]
+    scored = [line for line in lines if line.level == "task" and line.mean is not None]
     if not groups and len(scored) > 1 and len({line.metric for line in scored}) == 1:
-        metric = scored[0].metric
-        means = [statistics.fmean(run.score(task, metric).value for task in tasks) for run in runs]
+        metric, names = scored[0].metric, [line.name for line in scored]
+        by_seed = {seed: run for seed, run in by_seed.items() if all(metric in run.metrics(name) for name in names)}
+        means = [statistics.fmean(run.score(name, metric).value for name in names) for run in by_seed.values()]
+        if not means:
+            return lines
         mean = Line(
             method=method,
             name=MEAN_ROW,
@@ -167,19 +157,22 @@ def _lines(method: str, by_seed: dict[Any, Run]) -> list[Line]:
             seeds=tuple(by_seed),
             published=_mean([line.published for line in scored]),
             expected=_mean([line.expected for line in scored]),
+            share=all(line.share for line in scored),
         )
         return [mean, *lines]
     return lines
 
 
 def _line(method: str, name: str, by_seed: dict[Any, Run]) -> Line | None:
-    scored = {seed: run for seed, run in by_seed.items() if name in run.raw["results"]}
-    run = next(iter(scored.values()))
-    metric = choose_metric(run, run, name)
-    if metric is None:
-        return None
-    scored = {seed: run for seed, run in scored.items() if metric in run.metrics(name)}
-    values = [run.score(name, metric).value for run in scored.values()]
+    evaluated = {seed: run for seed, run in by_seed.items() if name in run.results}
+    run = next((run for run in evaluated.values() if run.metrics(name)), None)
+    if run is None:
+        return _line_without_score(method, name, evaluated)
+    metric = run.metrics(name)[0]
+    scored = {seed: run for seed, run in evaluated.items() if metric in run.metrics(name)}
+    scores = [run.score(name, metric) for run in scored.values()]
+    values = [score.value for score in scores]
+    beside = published.published_for(run)
     return Line(
         method=method,
         name=name,
@@ -188,9 +181,19 @@ def _line(method: str, name: str, by_seed: dict[Any, Run]) -> Line | None:
         mean=statistics.fmean(values),
         sd=statistics.stdev(values) if len(values) > 1 else None,
         seeds=tuple(scored),
-        published=_published(method, name),
-        expected=expected_of_guessing(run, name) if method == "random" else None,
+        published=beside.score(name) if beside else None,
+        expected=None if run.has_model else expected_of_guessing(run, name),
+        share=all(score.is_share for score in scores),
     )
+
+
+def _line_without_score(method: str, name: str, evaluated: Mapping[Any, Run]) -> Line | None:
+    """The line of a task that was answered with `--predict_only`."""
+    run = next((run for run in evaluated.values() if run.predicted_only(name)), None)
+    if run is None:
+        return None
+    metric = Metric("", run.filters(name)[0])
+    return Line(method, name, "task", metric, None, None, tuple(evaluated), None, None)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -206,20 +209,10 @@ def expected_of_guessing(run: Run, name: str) -> float | None:
     if name in run.groups:
         return _mean([expected_of_guessing(run, task) for task in run.groups[name]])
     config = run.task_config(name)
-    choices = (config.get("metadata") or {}).get("choices")
-    if choices:
+    choices = run.metadata(name, "choices")
+    if isinstance(choices, list) and choices:
         return 1 / len(choices)
     return 0.0 if config.get("output_type", "generate_until") == "generate_until" else None
-
-
-def _published(method: str, name: str) -> float | None:
-    figures, theirs = published.published_results(), PUBLISHED.get(method)
-    if theirs is None:
-        return None
-    if name == published.GROUP:
-        return figures["average"][theirs] / 100
-    score = figures["per_task"][theirs].get(name.removeprefix(published.TASK_PREFIX))
-    return score / 100 if name.startswith(published.TASK_PREFIX) and score is not None else None
 
 
 def _refuse_several_sweeps(found: Mapping[str, Mapping[Any, Sequence[Run]]]) -> None:
@@ -228,7 +221,7 @@ def _refuse_several_sweeps(found: Mapping[str, Mapping[Any, Sequence[Run]]]) -> 
     found: method -> seed -> runs.
     """
     of_method = {method: list(chain(*by_seed.values())) for method, by_seed in found.items()}
-    with_model = chain(*(runs for method, runs in of_method.items() if method != "random"))
+    with_model = [run for runs in of_method.values() for run in runs if run.has_model]
     what = {"": _differences(with_model, ["model"]) + _differences(chain(*of_method.values()), ["limit"])}
     what |= {f" of {method}": _differences(runs, ["tasks"]) for method, runs in of_method.items()}
     what |= {
@@ -270,7 +263,7 @@ def as_csv(summary: Summary) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records(summary))
+    writer.writerows({k: visible(v) if isinstance(v, str) else v for k, v in row.items()} for row in records(summary))
     return text.getvalue()
 
 
@@ -278,67 +271,69 @@ def as_json(summary: Summary) -> str:
     """{"schema", "remarks", "rows"}; rows as in the CSV, null for "there is none", `seeds` as a list."""
     rows = [{**record, "seeds": list(line.seeds)} for record, line in zip(records(summary), summary.lines, strict=True)]
     content = {"schema": SCHEMA, "remarks": list(summary.remarks), "rows": rows}
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return visible_json(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def as_markdown(summary: Summary) -> str:
     """A table of the methods for each group, then one of all tasks, then the remarks."""
     parts = [_markdown(table) for table in tables(summary)]
-    parts.append("\n".join(f"- {remark}" for remark in notes(summary)))
+    parts.append("\n".join(f"- {markdown(note)}" for note in notes(summary)))
     return "\n\n".join(parts) + "\n"
 
 
 def print_summary(summary: Summary, file: TextIO | None = None, width: int | None = None) -> None:
     """The same tables for a terminal; the one of the tasks in as many parts as its width asks for."""
-    import os
-
     from rich import box
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    console = Console(file=file, highlight=False, width=width)
-    if width is None and not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(file=file, highlight=False, width=120)
+    out = console(file, width=width, otherwise=120)
     for whole in tables(summary):
-        for header, *rows in _fitting(whole, console.width):
+        for header, *rows in _fitting(whole, out.width):
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
             for i, name in enumerate(header):
-                table.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+                table.add_column(cell(name), justify="right" if i else "left", no_wrap=True)
             for row in rows:
-                table.add_row(*map(Text, row))
-            console.print(table)
-            console.print()
+                table.add_row(*map(cell, row))
+            out.print(table)
+            out.print()
     for note in notes(summary):
-        console.print(Text(note, style="dim"))
+        out.print(cell(note, "dim"))
 
 
 def notes(summary: Summary) -> list[str]:
     """How to read the tables, and the remarks."""
-    share = "Scores in percent: mean over the seeds ± standard deviation (n - 1)"
+    unit = "percent" if all(line.share for line in summary.lines) else "percent, or in the metric's unit"
+    how = f"Scores in {unit}: mean over the seeds ± standard deviation (n - 1)"
     known = any(line.published is not None for line in summary.lines)
-    return [f"{share}{'; in parentheses the published figure' if known else ''}.", *summary.remarks]
+    found = [f"{how}{'; in parentheses the published figure' if known else ''}."]
+    if any(line.mean is None for line in summary.lines):
+        found.append(f"{NO_SCORE.capitalize()}: answered with --predict_only.")
+    return [*found, *map(visible, summary.remarks)]
 
 
 def tables(summary: Summary) -> list[list[list[str]]]:
-    """The tables, header first: for each group its methods; then all tasks and groups by method."""
+    """The tables of texts, header first: for each group its methods; then all tasks and groups by method."""
+    return [[[visible(text) for text in row] for row in table] for table in _tables(summary)]
+
+
+def _tables(summary: Summary) -> list[list[list[str]]]:
     found = []
     for name in summary.names:
         lines = [line for method in summary.methods if (line := summary.line(method, name))]
         if lines[0].level != "task":
             found.append(_methods_table(name, lines))
     prefix = task_prefix([name for name in summary.names if _level(summary, name) == "task"])
-    exact = any(line.expected is not None for line in summary.lines)
+    exact = {line.method for line in summary.lines if line.expected is not None}
     header = [f"{prefix}…" if prefix else "task"]
     for method in summary.methods:
-        header += [method, "random, exact"] if method == "random" and exact else [method]
+        header += [method, f"{method}, exact"] if method in exact else [method]
     matrix = [header]
     for name in summary.names:
         row = [name.removeprefix(prefix) if _level(summary, name) == "task" else name]
         for method in summary.methods:
             line = summary.line(method, name)
             row.append(_cell(line))
-            if method == "random" and exact:
+            if method in exact:
                 row.append(_percent(line.expected) if line else "–")
         matrix.append(row)
     return [*found, matrix]
@@ -348,8 +343,9 @@ def _methods_table(name: str, lines: Sequence[Line]) -> list[list[str]]:
     exact = any(line.expected is not None for line in lines)
     table = [[name, "mean", "sd", "seeds", "published", *(["exact"] if exact else [])]]
     for line in lines:
-        cells = [line.method, _percent(line.mean), _percent(line.sd), str(len(line.seeds)), _percent(line.published)]
-        table.append([*cells, *([_percent(line.expected)] if exact else [])])
+        cells = [line.method, _value(line, line.mean), _value(line, line.sd), str(len(line.seeds))]
+        cells += [_percent(line.published), *([_percent(line.expected)] if exact else [])]
+        table.append(cells)
     return table
 
 
@@ -360,9 +356,16 @@ def _level(summary: Summary, name: str) -> str:
 def _cell(line: Line | None) -> str:
     if line is None:
         return "–"
-    text = _percent(line.mean)
-    text += f" ±{_percent(line.sd)}" if line.sd is not None else ""
+    text = _value(line, line.mean)
+    text += f" ±{_value(line, line.sd)}" if line.sd is not None else ""
     return text + (f" ({_percent(line.published)})" if line.published is not None else "")
+
+
+def _value(line: Line, value: float | None) -> str:
+    """A score, or its deviation, as a person reads it."""
+    if line.mean is None:
+        return NO_SCORE
+    return _percent(value) if line.share or value is None else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
@@ -371,14 +374,19 @@ def _percent(value: float | None) -> str:
 
 def _markdown(table: list[list[str]]) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("_", "\\_") for cell in cells) + " |"
+        return "| " + " | ".join(map(markdown, cells)) + " |"
 
     header, *rows = table
     return "\n".join([line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(line, rows)])
 
 
+_SHORTEST_NAME = 40  # long enough for every task name of a published benchmark
+
+
 def _fitting(table: list[list[str]], width: int) -> Iterable[list[list[str]]]:
-    """The table in parts that fit the width, each with the first column."""
+    """The table in parts that fit the width, each with the first column; names that leave no room are shortened."""
+    room = max(_SHORTEST_NAME, width // 2)
+    table = [[shortened(text, room) for text in row] for row in table]
     widths = [max(len(row[i]) for row in table) + 2 for i in range(len(table[0]))]
     start = 1
     while start < len(widths):

@@ -7,12 +7,12 @@ Scores are in the metric's own unit there (accuracies: 0 to 1), never rounded; t
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from ttt_harness.report.compare import Against, Comparison, Row, task_prefix
 from ttt_harness.report.statistics import RESAMPLES
+from ttt_harness.terminal import cell, console, shortened, visible, visible_json
 
 SCHEMA = "ttt-harness.compare/1"
 
@@ -69,7 +69,8 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for record in records(comparison):
-        writer.writerow({k: str(v).lower() if isinstance(v, bool) else v for k, v in record.items()})
+        plain = {k: str(v).lower() if isinstance(v, bool) else v for k, v in record.items()}
+        writer.writerow({k: visible(v) if isinstance(v, str) else v for k, v in plain.items()})
     return text.getvalue()
 
 
@@ -87,23 +88,16 @@ def as_json(comparison: Comparison) -> str:
         }
 
     reference = comparison.reference
-    return (
-        json.dumps(
-            {
-                "schema": SCHEMA,
-                "base": about(comparison.base_label, comparison.base),
-                "others": [{**about(a.label, a.run), "warnings": list(a.warnings)} for a in comparison.others],
-                "remarks": list(comparison.remarks),
-                "reference": reference
-                and {"source": reference.source, "methods": dict(reference.methods), "differs": reference.differs},
-                "rows": records(comparison),
-            },
-            indent=1,
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        + "\n"
-    )
+    content = {
+        "schema": SCHEMA,
+        "base": about(comparison.base_label, comparison.base),
+        "others": [{**about(a.label, a.run), "warnings": list(a.warnings)} for a in comparison.others],
+        "remarks": list(comparison.remarks),
+        "reference": reference
+        and {"source": reference.source, "methods": dict(reference.methods), "differs": reference.differs},
+        "rows": records(comparison),
+    }
+    return visible_json(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -112,14 +106,15 @@ def as_markdown(comparison: Comparison) -> str:
     for against in comparison.others:
         header, rows = _cells(comparison, against)
         header = [h.replace("Δ", "difference") for h in header]
-        lines = ["| " + " | ".join(map(_markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+        lines = ["| " + " | ".join(map(markdown, header)) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
         for row, cells in zip(against.rows, rows, strict=True):
-            shown = [_markdown(cell) for cell in cells]
+            shown = [markdown(text) for text in cells]
             if row.level != "task":
-                shown = [f"**{cell}**" if cell else "" for cell in shown]
+                shown = [f"**{text}**" if text else "" for text in shown]
             lines.append("| " + " | ".join(shown) + " |")
-        parts.append(f"**{_markdown(comparison.base_label)} → {_markdown(against.label)}**\n\n" + "\n".join(lines))
-        parts.append("\n".join(f"- {_markdown(note)}" for note in notes(comparison, against)))
+        title = f"**{markdown(comparison.base_label)} → {markdown(against.label)}**"
+        parts.append(f"{title}\n\n" + "\n".join(lines))
+        parts.append("\n".join(f"- {markdown(note)}" for note in notes(comparison, against)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,31 +142,23 @@ def print_table(comparison: Comparison, file: TextIO | None = None, width: int |
 
     width: columns to use; by default the terminal's, or 100 where the output is no terminal.
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=file, highlight=False, width=width)
-    if width is None and not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(file=file, highlight=False, width=100)
-
-    def say(text: str, style: str) -> None:
-        console.print(Text(text, style=style))
-
+    out = console(file, width=width)
     for remark in comparison.remarks:
-        say(remark, "yellow")
+        out.print(cell(remark, "yellow"))
     if len(comparison.others) > 1:
-        console.print(_summary_table(comparison))
+        out.print(_summary_table(comparison))
     for against in comparison.others:
-        table, left_out = _rich_table(comparison, against, console.width)
-        console.print(table)
-        console.print()
+        table, left_out = _rich_table(comparison, against, out.width)
+        out.print(table)
+        out.print()
         for warning in against.warnings:
-            say(f"! {warning}", "yellow")
+            out.print(cell(f"! {warning}", "yellow"))
         for note in notes(comparison, against)[len(against.warnings) :]:
-            say(note, "dim")
+            out.print(cell(note, "dim"))
         if left_out:
-            say(f"Left out for want of width: {', '.join(left_out)}; --format markdown has everything.", "dim")
-        console.print()
+            left = f"Left out for want of width: {', '.join(left_out)}; --format markdown has everything."
+            out.print(cell(left, "dim"))
+        out.print()
 
 
 def notes(comparison: Comparison, against: Against) -> list[str]:
@@ -180,7 +167,8 @@ def notes(comparison: Comparison, against: Against) -> list[str]:
     found = list(against.warnings)
     tests = [_TESTS[t] for t in dict.fromkeys(r.difference.test for r in rows if r.level == "task") if t in _TESTS]
     means = [_TESTS[t] for t in dict.fromkeys(r.difference.test for r in rows if r.level != "task") if t in _TESTS]
-    percent = "Scores in percent, differences in points" if all(map(_is_share, rows)) else "Scores in the metric's unit"
+    shares = all(row.is_share for row in rows)
+    percent = "Scores in percent, differences in points" if shares else "Scores in the metric's unit"
     how = [f"{' and '.join(tests)} per task"] if tests else []
     how += [f"{' and '.join(means)} for the mean"] if means else []
     if how:
@@ -194,24 +182,19 @@ def notes(comparison: Comparison, against: Against) -> list[str]:
         reference = comparison.reference
         found.append(f"Published: {reference.source}.")
         found.append(f"Here instead: {reference.differs}.")
-    return found
-
-
-def _is_share(row: Row) -> bool:
-    """Whether a score reads best in percent. lm-eval does not say, and an error rate may lie between 0 and 1 too."""
-    return row.base.higher_is_better and 0 <= row.base.value <= 1 and 0 <= row.other.value <= 1
+    return [visible(note) for note in found]
 
 
 def _score(row: Row, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{100 * value:.1f}" if _is_share(row) else f"{value:.4g}"
+    return f"{100 * value:.1f}" if row.is_share else f"{value:.4g}"
 
 
 def _signed(row: Row, value: float | None) -> str:
     if value is None:
         return "–"
-    text = f"{100 * value:+.1f}" if _is_share(row) else f"{value:+.3g}"
+    text = f"{100 * value:+.1f}" if row.is_share else f"{value:+.3g}"
     return text.lstrip("+-") if not float(text) else text.replace("-", "−")
 
 
@@ -229,7 +212,12 @@ def _p(row: Row) -> str:
 
 
 def _cells(comparison: Comparison, against: Against) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text, the same for all formats that are for reading."""
+    """Header and rows of visible text, the same for all formats that are for reading."""
+    header, table = _raw_cells(comparison, against)
+    return [visible(text) for text in header], [[visible(text) for text in row] for row in table]
+
+
+def _raw_cells(comparison: Comparison, against: Against) -> tuple[list[str], list[list[str]]]:
     rows = against.rows
     metrics = {str(row.metric) for row in rows}
     paired = any(row.paired for row in rows)
@@ -278,8 +266,8 @@ def _rich_table(comparison: Comparison, against: Against, width: int) -> tuple[A
     questions = "" if None in counts else f" · {sum(filter(None, counts)):,} questions"
     prefix = task_prefix([row.name for row in against.rows if row.level == "task"])
     table = Table(
-        title=Text(f"{comparison.base_label} → {against.label}", style="bold")
-        + Text(f"   {about} · {metrics}{questions}", style="not bold dim"),
+        title=cell(f"{comparison.base_label} → {against.label}", "bold")
+        + cell(f"   {about} · {metrics}{questions}", "not bold dim"),
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,
@@ -287,22 +275,24 @@ def _rich_table(comparison: Comparison, against: Against, width: int) -> tuple[A
         padding=(0, 1, 0, 0),
         header_style="dim",
     )
-    table.add_column(_middle(f"{prefix}…" if prefix else header[0], room), no_wrap=True, vertical="bottom")
+    table.add_column(cell(shortened(f"{prefix}…" if prefix else header[0], room)), no_wrap=True, vertical="bottom")
     for name in header[1:]:
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+        lines = Text("\n").join(cell(line) for line in name.split("\n"))
+        table.add_column(lines, justify="right", no_wrap=True, vertical="bottom")
     for i, (row, cells) in enumerate(zip(against.rows, rows, strict=True)):
         d = row.difference
         better = d.value > 0 if row.base.higher_is_better else d.value < 0
         change = ("green" if better else "red") if d.p is not None and d.p < 0.05 else "" if d.value else "dim"
-        texts = [Text(_middle(cells[0], room))]
-        for name, cell in zip(header[1:], cells[1:], strict=True):
+        texts = [cell(shortened(cells[0], room))]
+        for name, text in zip(header[1:], cells[1:], strict=True):
             quiet = name in ("95 % CI", "won–lost") or name.startswith("published")
-            texts.append(Text(cell, style=change if name in ("Δ", "p") else "dim" if quiet else ""))
+            texts.append(cell(text, change if name in ("Δ", "p") else "dim" if quiet else ""))
         last_mean = row.level != "task" and (i + 1 == len(rows) or against.rows[i + 1].level == "task")
         table.add_row(*texts, style="bold" if row.level != "task" else "", end_section=last_mean)
     return table, left_out
 
 
+_LONGEST_LABEL = 40
 _SHORTEST_NAME = 21  # in fewer columns, tasks such as logical_deduction_five_objects and ..._three_... look the same
 
 
@@ -320,41 +310,36 @@ def _for_terminal(header: list[str], rows: list[list[str]]) -> tuple[list[str], 
         lines = [[*line[:at], "–".join(line[at : at + 2]), *line[at + 2 :]] for line in lines]
     at = lines[0].index("n")
     header, *rows = [line[:at] + line[at + 1 :] for line in lines]
-    return [name.replace("published ", "published\n") for name in header], rows
+    names = [shortened(name, _LONGEST_LABEL) if i else name for i, name in enumerate(header)]
+    return [name.replace("published ", "published\n") for name in names], rows
 
 
 def _summary_table(comparison: Comparison) -> Any:
     """One line per other run: its first row, which is the group where there is one."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", title_justify="left", title_style="bold")
     first = comparison.others[0].rows[0]
-    table.title = f"{first.name}: all runs against {comparison.base_label} ({_score(first, first.base.value)})"
+    base = f"{comparison.base_label} ({_score(first, first.base.value)})"
+    table.title = cell(f"{first.name}: all runs compared with {base}")
     for name in ("run", "score", "Δ", "95 % CI", "p", "won", "lost"):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
     for against in comparison.others:
         row = next((r for r in against.rows if r.name == first.name), None)
         if row:
             counts = ["–" if x is None else str(x) for x in (row.won, row.lost)]
-            cells = [against.label, _score(row, row.other.value), _signed(row, row.difference.value), _interval(row)]
-            table.add_row(*map(Text, [*cells, _p(row), *counts]))
+            cells = [shortened(against.label, _LONGEST_LABEL), _score(row, row.other.value)]
+            cells += [_signed(row, row.difference.value), _interval(row), _p(row), *counts]
+            table.add_row(*map(cell, cells))
     return table
 
 
-def _middle(text: str, room: int) -> str:
-    """The text, its middle left out where it is too long: names differ at their ends."""
-    if len(text) <= room:
-        return text
-    tail = (room - 1) // 2
-    return f"{text[: room - 1 - tail]}…{text[len(text) - tail :]}"
-
-
-def _markdown(text: str) -> str:
-    for character in "\\|*_<>`":
+def markdown(text: str) -> str:
+    """The text as Markdown shows it, in one line: no link, emphasis, tag or end of a cell."""
+    for character in "\\|*_<>`[":
         text = text.replace(character, "\\" + character)
-    return text.replace("\n", " ")
+    return visible(text.replace("\n", " "))
 
 
 _LATEX = {
