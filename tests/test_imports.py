@@ -18,7 +18,7 @@ FOLDER = Path(ttt_harness.__file__).parent
 
 # The rule: a package, or a module of the top folder, imports from its own line and from lines above it.
 LAYERS = (
-    ("errors", "extras", "locks", "terminal", "methods", "records", "config", "embedded"),
+    ("errors", "extras", "patches", "locks", "terminal", "methods", "records", "config", "embedded"),
     ("data",),
     ("training", "adapters"),
     ("serving",),

@@ -50,7 +50,7 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
     """The folders of each task index that lm-eval builds, after `add_tasks`; the indices themselves stay empty."""
     calls: list[list[Path]] = []
 
-    def build(paths: list[Path]) -> dict[str, Any]:
+    def build(paths: list[Path], *, resolve_includes: bool = True) -> dict[str, Any]:  # noqa: ARG001
         calls.append(list(paths))
         return {}
 

@@ -1,12 +1,17 @@
 """The package's exceptions.
 
 Each message is one sentence for a person: it names the value that was given, the rule it breaks and the remedy.
-`report_errors_in_one_sentence` makes an uncaught one end the process with that sentence instead of a traceback;
-Python callers catch `TTTError`, or one of its kinds, as usual.
+A command ends with that sentence and without a traceback (`ending_in_one_sentence`), and so does a Python program that
+makes a `ttt_vllm` model (`report_errors_in_one_sentence`); `LMEVAL_LOG_LEVEL=DEBUG` adds the traceback. Python callers
+catch `TTTError`, or one of its kinds, as usual.
 """
 
 import logging
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -38,6 +43,24 @@ class ReportError(TTTError):
     """A results file is missing, damaged, or cannot be compared with another."""
 
 
+def debugging() -> bool:
+    """Whether the user asks for tracebacks, with `LMEVAL_LOG_LEVEL=DEBUG` or with lm-eval's logger at that level."""
+    asked = os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
+    return asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
+
+
+@contextmanager
+def ending_in_one_sentence() -> Iterator[None]:
+    """End the process with status 1 and the message of a `TTTError` that leaves the block."""
+    try:
+        yield
+    except TTTError as error:
+        if debugging():
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def report_errors_in_one_sentence() -> None:
     """End the process with the message of an uncaught `TTTError`, and no traceback unless logging is at DEBUG.
 
@@ -48,7 +71,7 @@ def report_errors_in_one_sentence() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, TTTError) and not logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+        if isinstance(error, TTTError) and not debugging():
             print(f"error: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)

@@ -17,7 +17,6 @@ different releases: https://github.com/EleutherAI/lm-evaluation-harness/pull/401
 https://github.com/EleutherAI/lm-evaluation-harness/pull/4015 (tasks, open).
 """
 
-import functools
 import importlib.util
 import logging
 import sys
@@ -28,6 +27,9 @@ from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ttt_harness import patches
+from ttt_harness.errors import ending_in_one_sentence
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
@@ -63,38 +65,55 @@ def add_tasks() -> None:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"no package {TASKS!r}", name=TASKS)
     ours, defaults = Path(spec.submodule_search_locations[0]).resolve(), Path(_index.__file__).resolve().parent
-    build = _index.TaskIndex.build
 
-    @functools.wraps(build)
-    def build_with_ours(paths: Iterable[Path], **options: Any) -> Any:
-        paths = list(paths)
-        known = [path.resolve() for path in paths]
-        if defaults in known and ours not in known:
-            paths.insert(known.index(defaults) + 1, ours)
-        return build(paths, **options)
+    def with_ours(build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_with_ours(paths: Iterable[Path], **options: Any) -> Any:
+            paths = list(paths)
+            known = [path.resolve() for path in paths]
+            if defaults in known and ours not in known:
+                paths.insert(known.index(defaults) + 1, ours)
+            return build(paths, **options)
 
-    _index.TaskIndex.build = staticmethod(build_with_ours)  # type: ignore[method-assign]
+        return build_with_ours
+
+    patches.apply("lm_eval: index of tasks", with_ours)
 
 
 def add_includes() -> None:
     """Have `include: lm_eval/tasks/...` name a file of the installed lm-eval, unless there is one beside the YAML."""
     from lm_eval.tasks import _yaml_loader
 
-    installed, load_yaml = Path(_yaml_loader.__file__).resolve().parent, _yaml_loader.load_yaml
+    installed = Path(_yaml_loader.__file__).resolve().parent
 
-    @functools.wraps(load_yaml)
-    def load_yaml_of_lm_eval(path: str | PathLike[str], **options: Any) -> Any:
-        _, named, rest = Path(path).as_posix().rpartition("/lm_eval/tasks/")
-        if named and not Path(path).exists() and (installed / rest).is_file():
-            path = installed / rest
-        return load_yaml(path, **options)
+    def of_lm_eval(load_yaml: Callable[..., Any]) -> Callable[..., Any]:
+        def load_yaml_of_lm_eval(path: str | PathLike[str], **options: Any) -> Any:
+            _, named, rest = Path(path).as_posix().rpartition("/lm_eval/tasks/")
+            if named and not Path(path).exists() and (installed / rest).is_file():
+                path = installed / rest
+            return load_yaml(path, **options)
+
+        return load_yaml_of_lm_eval
 
     # lm-eval's function calls itself by this name for each file that a YAML includes.
-    _yaml_loader.load_yaml = load_yaml_of_lm_eval
+    patches.apply("lm_eval: includes of YAML files", of_lm_eval)
+
+
+def add_endings() -> None:
+    """Have lm-eval's command end with one sentence where a task or a model of ours refuses to go on."""
+
+    def ending(execute: Callable[..., Any]) -> Callable[..., Any]:
+        def execute_and_end(self: Any, args: Any) -> Any:
+            with ending_in_one_sentence():
+                return execute(self, args)
+
+        return execute_and_end
+
+    patches.apply("lm_eval: command", ending)
 
 
 # Not earlier: lm-eval registers its own models only when it finds the registry empty.
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
+    "lm_eval._cli.harness": add_endings,
     "lm_eval.models": add_models,
     "lm_eval.tasks._index": add_tasks,
     "lm_eval.tasks._yaml_loader": add_includes,

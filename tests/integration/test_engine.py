@@ -15,7 +15,9 @@ pytestmark = pytest.mark.integration
 
 
 def test_the_engine_is_one_for_equal_arguments(tiny_model):
-    import ttt_harness.harness  # noqa: F401
+    from ttt_harness.serving.environment import prepare_environment
+
+    prepare_environment()
     from ttt_harness.serving.engine import shared_engine
 
     first = shared_engine(model=str(tiny_model), max_model_len=128)
@@ -37,7 +39,9 @@ if __name__ == "__main__":  # the engine's process imports this script too
     assert "multiprocessing.util" not in sys.modules
     thing = Anything()
     weakref.finalize(thing, int)
-    import ttt_harness.harness
+    from ttt_harness.serving.environment import prepare_environment
+
+    prepare_environment()
     from ttt_harness.serving.engine import Engine, default_engine_args
     engine = Engine(**default_engine_args(), model=sys.argv[1], max_model_len=128)
     engine.start()
@@ -88,7 +92,9 @@ def test_a_process_that_ends_does_not_wait_for_an_engine_that_starts(tiny_model,
 import multiprocessing, sys, time
 
 if __name__ == "__main__":
-    import ttt_harness.harness
+    from ttt_harness.serving.environment import prepare_environment
+
+    prepare_environment()
     from ttt_harness.serving.engine import Engine, default_engine_args
     engine = Engine(**default_engine_args(), model=sys.argv[1], max_model_len=128)
     engine.start_soon()
@@ -122,7 +128,9 @@ def started_by(process, folder):
 
 def test_an_engine_that_raised_is_started_anew(tiny_model, tmp_path):
     """One process for all: in the background, after a start that failed, and after requests that failed."""
-    import ttt_harness.harness  # noqa: F401
+    from ttt_harness.serving.environment import prepare_environment
+
+    prepare_environment()
     from ttt_harness.serving.engine import SamplingParams, default_engine_args, shared_engine
 
     args = {**default_engine_args(), "model": str(tiny_model), "max_model_len": 128, "enable_lora": True}

@@ -29,8 +29,6 @@ def evaluate(tiny_model, store):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import ttt_harness.harness
-
     folder = Path(ttt_harness.task_configs.__file__).parent
 
     def run(tasks=TASKS, limit=6, num_fewshot=None, **model_args):

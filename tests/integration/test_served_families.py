@@ -37,7 +37,9 @@ def trained_logprobs(trainer, tokens):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_trained_logits_are_those_of_vllm(name, save_tokenizer, tmp_path):
-    import ttt_harness.harness  # noqa: F401 - the environment, before vLLM is imported
+    from ttt_harness.serving.environment import prepare_environment
+
+    prepare_environment()
     from ttt_harness.serving.engine import default_engine_args, shared_engine
 
     model_dir = tmp_path / "model"

@@ -64,8 +64,6 @@ def evaluate(tiny_model):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import ttt_harness.harness
-
     folder = Path(ttt_harness.task_configs.__file__).parent
 
     def run(store, workers, tasks=TASKS, **model_args):

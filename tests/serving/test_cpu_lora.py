@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from ttt_harness.serving import cpu_lora
+from ttt_harness.serving.cpu_lora import GroupedPunicaWrapper
 
 TOKENS, RANK, IN, OUT, ADAPTERS = 12, 4, 16, 10, 3
 
@@ -35,7 +38,7 @@ def seed():
 def test_shrink(indices):
     inputs, weights = torch.randn(TOKENS, IN), torch.randn(ADAPTERS, 1, RANK, IN)
     output, expected = torch.randn(TOKENS, RANK), torch.zeros(TOKENS, RANK)
-    cpu_lora.bgmv_shrink(inputs, weights, output, indices, 0.5)
+    cpu_lora.shrink(inputs, weights, output, indices, 0.5)
     reference_shrink(inputs, weights, expected, indices, 0.5)
     torch.testing.assert_close(output, expected)
 
@@ -47,17 +50,28 @@ def test_expand_slice(indices, add, dtype):
     inputs = inputs.to(dtype).float()  # vLLM keeps what lies between the two matrices in float32
     output = torch.randn(TOKENS, 3 * OUT).to(dtype)
     expected = output.float()
-    cpu_lora.bgmv_expand_slice(inputs, weights, output, indices, 7, OUT, add)
+    cpu_lora.expand_slice(inputs, weights, output, indices, 7, OUT, add)
     reference_expand(inputs, weights.float(), expected, indices, 7, OUT, add)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6  # of sums of a few units
     torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_expand_covers_the_narrower_of_adapter_and_output(indices):
-    inputs, weights = torch.randn(TOKENS, RANK), torch.randn(ADAPTERS, 1, OUT, RANK)
-    for width in (OUT - 3, OUT, OUT + 5):
-        output = torch.randn(TOKENS, width)
-        expected = output.clone()
-        cpu_lora.bgmv_expand(inputs, weights, output, indices)
-        reference_expand(inputs, weights, expected, indices, 0, min(width, OUT), True)
-        torch.testing.assert_close(output, expected)
+# vLLM's own kernels take no token without an adapter.
+@pytest.mark.parametrize("adapters", [[1] * TOKENS, [1, 2, 3] * 4])
+def test_linear_layers_embeddings_and_logits_are_those_of_vllm(adapters):
+    wrappers = [cls(TOKENS, max_batches=TOKENS, device="cpu") for cls in (GroupedPunicaWrapper, PunicaWrapperCPU)]
+    for wrapper in wrappers:
+        mapping = LoRAMapping(index_mapping=tuple(adapters), prompt_mapping=tuple(adapters))
+        wrapper.update_metadata(mapping, [1, 2, 3], ADAPTERS + 1, 320)
+    x, a = torch.randn(TOKENS, IN), [torch.randn(ADAPTERS, 1, RANK, IN) for _ in range(2)]
+    b, start = [torch.randn(ADAPTERS, 1, OUT, RANK) for _ in range(2)], torch.randn(TOKENS, 2 * OUT)
+    results = []
+    for wrapper in wrappers:
+        linear, embedding, logits = start.clone(), start[:, :OUT].clone(), start[:, : OUT + 2].clone()
+        wrapper.add_lora_linear(linear, x, tuple(a), tuple(b), 0.5, (OUT, OUT))
+        wrapper.add_lora_embedding(embedding, x[:, :RANK], b[0])
+        wrapper.add_lora_logits(logits, x, a[0], b[0], 0.5)
+        results.append((linear, embedding, logits))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert not torch.equal(ours, start[:, : ours.shape[1]])

@@ -5,6 +5,13 @@ taken from the store; vLLM then answers its requests with that adapter. All supp
 before any model is loaded. With `method=icl` nothing is fitted, and the class does what lm-eval's `vllm` does.
 """
 
+# ruff: noqa: E402 - vLLM and torch read the environment when they are imported
+from ttt_harness.errors import ConfigError, DataError, report_errors_in_one_sentence
+from ttt_harness.serving.environment import prepare_environment
+
+report_errors_in_one_sentence()
+prepare_environment()
+
 import hashlib
 import json
 import logging
@@ -25,7 +32,6 @@ from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key,
 from ttt_harness.cluster.pool import Pool, shared_pool
 from ttt_harness.data.sequences import TrainingSequence, in_context_sequences, single_pair_sequences
 from ttt_harness.data.support import SupportSet
-from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness.model_arguments import ModelArguments
 from ttt_harness.harness.task import has_support_set, support_set_of
 from ttt_harness.run.progress import RunProgress

@@ -23,6 +23,7 @@ from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import has_bos_prefix
 from vllm.lora.request import LoRARequest
 
+from ttt_harness import patches
 from ttt_harness.errors import ConfigError, DataError, ModelError
 from ttt_harness.serving.engine import shared_engine
 from ttt_harness.serving.generation import samples
@@ -59,11 +60,8 @@ class Answering(vllm_causallms.VLLM):
     def __init__(self, model_dir: Path, engine: Mapping[str, Any]) -> None:
         self.model_dir = model_dir
         # lm-eval's constructor starts an engine and waits for it; ours comes in its place, and nobody waits.
-        llm, vllm_causallms.LLM = vllm_causallms.LLM, shared_engine
-        try:
+        with patches.applied("lm_eval: engine of its vllm class", shared_engine):
             super().__init__(pretrained=str(model_dir), **engine)
-        finally:
-            vllm_causallms.LLM = llm
 
     def answer(self, kind: str, requests: Sequence[Instance], adapter: LoRARequest | None) -> list[Any]:
         """Answer `requests` with `adapter` (None: the base model), by lm-eval's method of the name `kind`.

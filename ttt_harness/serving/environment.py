@@ -12,6 +12,9 @@ from pathlib import Path
 
 from ttt_harness.config import cache_dir
 
+# Stands in the environment of every process of an engine that `ttt_vllm` has made.
+ENGINE_VARIABLE = "TTT_VLLM_ENGINE"
+
 _set_here: dict[str, str] = {}
 
 
@@ -26,6 +29,10 @@ def prepare_environment() -> None:
         # Said explicitly, it brings no warning at each process that is started. None of ours tokenizes after a fork.
         "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
+        # Batches of many lengths leave pieces of GPU memory that fit none of the next; torch would keep those, by tens
+        # of GiB, unless its segments can grow. torch reads this when it first allocates.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        ENGINE_VARIABLE: "1",
     }
     if kernels := _kernel_cache():
         defaults["TORCHINDUCTOR_CACHE_DIR"] = str(kernels)
@@ -41,6 +48,8 @@ def prepare_environment() -> None:
     if "RAY_ADDRESS" in os.environ and _has_ray_token():
         # As a local cluster does by itself. One that asks for no token takes it too.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # the older name; torch would take ours for it
+        del defaults["PYTORCH_ALLOC_CONF"]
     for name, value in defaults.items():
         if name not in os.environ:
             os.environ[name] = _set_here[name] = value

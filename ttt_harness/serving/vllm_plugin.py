@@ -1,4 +1,7 @@
-"""What vLLM calls at the start of each of its processes, by an entry point."""
+"""What vLLM calls at the start of each of its processes, by an entry point.
+
+It acts where `ttt_vllm` has made the engine; a vLLM that somebody else starts stays as it is.
+"""
 
 import functools
 import multiprocessing
@@ -7,23 +10,24 @@ import os
 import signal
 import threading
 
+from ttt_harness import patches
+from ttt_harness.serving.environment import ENGINE_VARIABLE
+
+GROUPED = "ttt_harness.serving.cpu_lora.GroupedPunicaWrapper"
+
 
 def register() -> None:
-    """Put LoRA code for one adapter after the other in the place of vLLM's, and end with the parent. Safe to repeat."""
+    """Have vLLM apply adapters as suits one adapter for each task, and end with its parent. Safe to repeat."""
+    if ENGINE_VARIABLE not in os.environ:
+        return
+    _end_with_parent()
     from vllm.platforms import current_platform
 
-    _end_with_parent()
-
     if current_platform.is_cpu():
-        from ttt_harness.serving import cpu_lora
-
-        cpu_lora.install()
+        patches.apply("vllm: LoRA on a CPU", lambda _: lambda cls: GROUPED)  # noqa: ARG005
     else:
-        from vllm.lora import lora_model, model_manager
-
-        # Pinned memory makes the copy of an adapter that is used again and again faster. Here each is used for one
-        # task, and pinning the 300 MB of an 8B model's takes 5 to 10 s, a hundred times the copy.
-        lora_model.PIN_MEMORY = model_manager.PIN_MEMORY = False
+        patches.apply("vllm: pinned memory of adapters", lambda _: False)
+        patches.apply("vllm: pinned memory of packed adapters", lambda _: False)
 
 
 @functools.cache

@@ -328,12 +328,11 @@ def release_trainer() -> None:
 
 
 def _keep_to_share(memory_bytes: int | None) -> None:
-    """Have torch keep no more of the GPU than tensors need, and at most `memory_bytes`.
+    """Have torch keep at most `memory_bytes` of the GPU.
 
-    Batches of many lengths leave pieces of memory that fit none of the next; torch keeps those, by tens of GiB, unless
-    its segments can grow. At the limit it gives back what it keeps, before it says that memory is full.
+    At the limit it gives back what it keeps, before it says that memory is full. That it keeps little more than tensors
+    need is set in the environment (`PYTORCH_ALLOC_CONF`, see `ttt_harness.serving.environment`).
     """
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     share = (memory_bytes - CUDA_CONTEXT) / total if memory_bytes else 1.0
     torch.cuda.set_per_process_memory_fraction(min(1.0, share))

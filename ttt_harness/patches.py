@@ -1,0 +1,174 @@
+"""What this package replaces in other libraries: the only list of it, and the check that each target is as expected.
+
+The room that needs a replacement makes it:
+
+    patches.apply("lm_eval: index of tasks", lambda build: build_with_ours)
+
+A target that has moved, or takes other parameters than it did, is left as it is, and one warning says what is missing
+because of that. Nothing here imports a library: a patch looks at a module that is loaded, or loads it when it is
+applied.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ttt_harness.errors import TTTError
+
+logger = logging.getLogger(__name__)
+
+_MARK = "_replaced_by_ttt_harness"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One thing of another library that is replaced.
+
+    target: `module:attribute` or `module:Class.attribute`.
+    expected: a function's parameters, or the type of what is no function.
+    why: what the replacement is for.
+    link: the issue or the source upstream that says more.
+    without: what a user misses where the target has moved.
+    """
+
+    target: str
+    expected: tuple[str, ...] | type
+    why: str
+    link: str
+    without: str
+
+
+_LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
+_VLLM = "https://github.com/vllm-project/vllm"
+
+PATCHES: dict[str, Patch] = {
+    "lm_eval: index of tasks": Patch(
+        "lm_eval.tasks._index:TaskIndex.build",
+        ("paths", "resolve_includes"),
+        "lm-eval 0.4.13 discovers no tasks of other packages; ours are indexed after its own.",
+        f"{_LM_EVAL}/pull/4015",
+        "name the folder ttt_harness/task_configs with --include_path",
+    ),
+    "lm_eval: includes of YAML files": Patch(
+        "lm_eval.tasks._yaml_loader:load_yaml",
+        ("path", "resolve_func", "recursive", "_seen"),
+        "lm-eval looks for `include: lm_eval/tasks/...` beside the YAML only.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/tasks/_yaml_loader.py",
+        "write the absolute path of the included YAML",
+    ),
+    "lm_eval: command": Patch(
+        "lm_eval._cli.harness:HarnessCLI.execute",
+        ("args",),
+        "An error of ours ends lm-eval's command with its sentence, whichever model class runs the task.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/_cli/harness.py",
+        "errors end lm_eval with a traceback",
+    ),
+    "lm_eval: engine of its vllm class": Patch(
+        "lm_eval.models.vllm_causallms:LLM",
+        type,
+        "lm-eval's class starts an engine when it is made; ours starts at the first request, and serves many runs.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/models/vllm_causallms.py",
+        "ttt_vllm cannot run: use lm-eval 0.4.13",
+    ),
+    "vllm: LoRA on a CPU": Patch(
+        "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
+        (),
+        "vLLM's fallback gathers one weight matrix per token: 80 prompts take 331 s in place of 8 s.",
+        f"{_VLLM}/blob/v0.32.0/vllm/lora/ops/torch_ops/lora_ops.py",
+        "answers with an adapter take up to 40 times as long on this CPU",
+    ),
+    "vllm: pinned memory of adapters": Patch(
+        "vllm.lora.lora_model:PIN_MEMORY",
+        bool,
+        "Each adapter is used for one task; pinning the 300 MB of an 8B model's takes 5 to 10 s, its copy 0.1 s.",
+        f"{_VLLM}/blob/v0.32.0/vllm/lora/lora_model.py",
+        "each adapter takes some seconds longer to load",
+    ),
+    "vllm: pinned memory of packed adapters": Patch(
+        "vllm.lora.model_manager:PIN_MEMORY",
+        bool,
+        "As above, for the matrices that vLLM packs together.",
+        f"{_VLLM}/blob/v0.32.0/vllm/lora/model_manager.py",
+        "each adapter takes some seconds longer to load",
+    ),
+}
+
+
+def apply(name: str, make: Callable[[Any], Any]) -> bool:
+    """Put `make(original)` in the place of the target of `PATCHES[name]`. Safe to repeat.
+
+    Returns:
+        Whether the replacement is there; where it is not, a warning has said why and what is missing.
+    """
+    patch = PATCHES[name]
+    try:
+        owner, attribute, original = find(name)
+    except LookupError as error:
+        logger.warning("ttt_harness leaves %s as it is, which has changed (%s): %s.", name, error, patch.without)
+        return False
+    function = getattr(original, "__func__", original)  # within a staticmethod or a classmethod
+    if _is_applied(name, owner, attribute):
+        return True
+    replacement = make(function)
+    if callable(function):
+        functools.update_wrapper(replacement, function)
+        setattr(replacement, _MARK, name)
+    if isinstance(original, (staticmethod, classmethod)):
+        replacement = type(original)(replacement)
+    setattr(owner, attribute, replacement)
+    return True
+
+
+@contextmanager
+def applied(name: str, replacement: Any) -> Iterator[None]:
+    """Put `replacement` in the place of the target of `PATCHES[name]` within the block.
+
+    Raises:
+        TTTError: the target has changed, and the run cannot do without.
+    """
+    patch = PATCHES[name]
+    try:
+        owner, attribute, original = find(name)
+    except LookupError as error:
+        raise TTTError(f"{name} has changed ({error}), so that {patch.without}.") from None
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)
+
+
+def _is_applied(name: str, owner: Any, attribute: str) -> bool:
+    return getattr(getattr(owner, attribute), _MARK, None) == name
+
+
+def find(name: str) -> tuple[Any, str, Any]:
+    """The object that holds the target of `PATCHES[name]`, the target's name in it, and the target.
+
+    Raises:
+        LookupError: it is not there, or not what was expected; the message says which.
+    """
+    patch = PATCHES[name]
+    module, _, path = patch.target.partition(":")
+    *holders, attribute = path.split(".")
+    try:
+        owner = functools.reduce(getattr, holders, importlib.import_module(module))
+        original = inspect.getattr_static(owner, attribute)
+    except (ImportError, AttributeError):
+        raise LookupError(f"there is no {patch.target}") from None
+    if isinstance(patch.expected, type):
+        if not isinstance(original, patch.expected):
+            raise LookupError(f"{path} is no {patch.expected.__name__}")
+    elif not callable(function := getattr(original, "__func__", original)):
+        raise LookupError(f"{path} is no function")
+    else:
+        bound = ("self", "cls")
+        found = tuple(name for name in inspect.signature(function).parameters if name not in bound)
+        if found != patch.expected:
+            raise LookupError(f"{path} takes ({', '.join(found)}) and not ({', '.join(patch.expected)})")
+    return owner, attribute, original
