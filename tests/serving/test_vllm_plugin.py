@@ -45,7 +45,7 @@ def test_vllm_applies_adapters_with_the_grouped_kernels(monkeypatch, caplog):
     vllm_plugin.register()
     vllm_plugin.register()
     assert type(wrapper()) is GroupedPunicaWrapper
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("ttt_harness")]
 
 
 @on_a_cpu
@@ -62,7 +62,7 @@ def test_a_vllm_that_has_moved_the_hook_works_on_with_a_warning(platform, monkey
     monkeypatch.delattr(platform, "get_punica_wrapper")
     monkeypatch.delattr(platform.__mro__[1], "get_punica_wrapper")
     vllm_plugin.register()
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name.startswith("ttt_harness"))
     assert "vllm: LoRA on a CPU" in record.message
     assert "get_punica_wrapper" in record.message
 
