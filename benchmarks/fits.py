@@ -76,7 +76,7 @@ def filling(sequence: TrainingSequence, length: int, count: int = 2) -> list[Tra
 def _make(order: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from ttt_harness.serving.memory import Sizes, gpu_budget, plan_memory
+    from ttt_harness.run.memory import Sizes, gpu_budget, plan_memory
     from ttt_harness.training.checkpoint import ModelShape, read_config
     from ttt_harness.training.trainer import Trainer
 

@@ -21,7 +21,8 @@ class TaskRecord:
     fit_seconds: what the fit took, here or when it was done.
     changes_output: whether the adapter changes what the engine answers.
     requests, generate_seconds: how many were answered, and how long the engine took.
-    truncated: prompts that lost their beginning to the context window.
+    truncated: prompts that lost tokens to the context window.
+    sampling: the arguments that answers were drawn with; None where they were greedy or only scored.
     """
 
     adapter: str | None = None
@@ -35,6 +36,14 @@ class TaskRecord:
     requests: int = 0
     generate_seconds: float = 0.0
     truncated: int = 0
+    sampling: dict[str, Any] | None = None
+
+    def add_answers(self, more: "TaskRecord") -> None:
+        """Count in what a worker has answered; its own record tells nothing else that is not here already."""
+        self.requests += more.requests
+        self.generate_seconds = round(self.generate_seconds + more.generate_seconds, 3)
+        if more.changes_output is not None:
+            self.changes_output = more.changes_output
 
     @property
     def fitted(self) -> bool:
@@ -64,6 +73,8 @@ class TaskRecord:
                 ok = isinstance(value, bool)
             elif one.name == "adapter":
                 ok = isinstance(value, str)
+            elif one.name == "sampling":
+                ok = isinstance(value, dict)
             elif one.name == "losses":
                 value = [x for x in value if _is_number(x)] if isinstance(value, list) else None
                 ok = value is not None

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from ttt_harness.cluster import pool
-from ttt_harness.cluster.pool import Pool, connect
+from ttt_harness.cluster.pool import Pool
+from ttt_harness.cluster.session import connect, most_cores
 from ttt_harness.errors import ClusterError, ConfigError, StoreError, TTTError
 
 
@@ -50,7 +51,7 @@ def test_a_store_that_cannot_be_written(tmp_path):
     ("nodes", "workers", "cores"), [([8], 2, 4), ([8], 3, 2), ([1, 1], 2, 1), ([4, 2], 2, 2), ([2, 2, 2], 2, 2)]
 )
 def test_each_worker_gets_the_cores_that_a_node_has_for_it(nodes, workers, cores):
-    assert pool.most_cores(nodes, workers) == cores
+    assert most_cores(nodes, workers) == cores
 
 
 @pytest.mark.integration

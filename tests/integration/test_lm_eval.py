@@ -80,24 +80,15 @@ def test_a_second_run_fits_nothing_and_gives_the_same_answers(first_run, evaluat
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == written
 
 
-def test_answers_beside_fits_are_the_same_the_longest_first(first_run, evaluate, tmp_path, monkeypatch):
-    """What a GPU with room for both does, here on the CPU: the plan is put in after the model is made."""
-    from ttt_harness.harness.model import TTTVLLM
-    from ttt_harness.serving.memory import GIB, Sizes, plan_memory
+def test_answers_beside_fits_are_the_same(first_run, evaluate, tmp_path, monkeypatch):
+    """What a GPU with room for both does, here on the CPU."""
+    from ttt_harness.run import local
+    from ttt_harness.run.schedule import Stages
 
-    make, made = TTTVLLM.__init__, []
-
-    def make_with_plan(self, *args, **options):
-        make(self, *args, **options)
-        made.append(self)
-        self._memory = plan_memory(64 * GIB, Sizes.of(self._shape, 8, self.dtype), [2048])
-
-    monkeypatch.setattr(TTTVLLM, "__init__", make_with_plan)
+    monkeypatch.setattr(local, "stages_of", lambda _: Stages.OVERLAPPED)
     beside = evaluate(adapter_dir=str(tmp_path / "adapters"))
     assert answers(beside) == answers(first_run)
     assert not any(record["reused"] for record in beside["config"]["ttt"]["tasks"].values())
-    # words to sort are longer than True and False
-    assert list(made[0].records) == TASKS[::-1]
 
 
 def test_a_damaged_adapter_is_fitted_again(first_run, evaluate, caplog):

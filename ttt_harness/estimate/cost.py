@@ -1,13 +1,13 @@
 """What a cell of a grid costs, in tokens to fit and to answer."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from ttt_harness.cluster.schedule import Task
 from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.estimate.tokens import TokenCounts
 from ttt_harness.methods import SETTINGS, Sequences
+from ttt_harness.run.schedule import Task
 from ttt_harness.sweep.grid import Cell
 
 
@@ -15,22 +15,22 @@ from ttt_harness.sweep.grid import Cell
 class CellCost:
     """What one cell costs.
 
-    tasks: the tokens of each task's own fit and of its answers.
+    fits: the tokens of each fit, by the name of the task that it is for, or of the method whose tasks share it.
+    tasks: the tokens of each task's answers.
     prefix: for each task, the tokens that a worker reads before the task's first question.
-    shared_fit: the tokens of the fit of one adapter for all tasks.
     adapters: what determines the cell's adapters; cells where it is the same share them. Empty without adapters.
     """
 
     cell: Cell
+    fits: Mapping[str, float]
     tasks: tuple[Task, ...]
     prefix: tuple[float, ...]
-    shared_fit: float
     adapters: str
 
     @property
     def fit(self) -> float:
         """The tokens of all fits."""
-        return self.shared_fit + sum(task.fit for task in self.tasks)
+        return sum(self.fits.values())
 
     @property
     def answers(self) -> float:
@@ -43,23 +43,26 @@ def cost_of(cell: Cell, counts: Sequence[TokenCounts]) -> CellCost:
     setting = SETTINGS[cell.method]
     method = setting.method
     if method is None:  # random guesses
-        tasks = tuple(Task(one.name, 0, 0, one.questions) for one in counts)
-        return CellCost(cell, tasks, (0,) * len(counts), 0, "")
+        guesses = tuple(Task(one.name, None, 0, one.questions) for one in counts)
+        return CellCost(cell, {}, guesses, (0,) * len(counts), "")
     args = cell.call["model_args"]
     config = TTTConfig.from_mapping(args)
     votes = TaskSettings.from_mapping({**args, **(cell.call.get("metadata") or {})}).vote_permutations
-    fits = [_fit_tokens(config, one) for one in counts]
+    fits: dict[str, float] = {}
+    keys = [(cell.setting if method.shared else one.name) if method.fits else None for one in counts]
+    for key, one in zip(keys, counts, strict=True):
+        if key is not None:
+            fits[key] = fits.get(key, 0.0) + _fit_tokens(config, one)
     answers = [votes * one.questions * (one.question + one.answer) for one in counts]
     in_context = method.prompts_hold_demonstrations and cell.call.get("num_fewshot") != 0
     return CellCost(
         cell=cell,
+        fits=fits,
         tasks=tuple(
-            Task(one.name, 0 if method.shared else fit, answer, one.questions)
-            for one, fit, answer in zip(counts, fits, answers, strict=True)
+            Task(one.name, key, answer, one.questions) for one, key, answer in zip(counts, keys, answers, strict=True)
         ),
         prefix=tuple(votes * float(one.demonstrations if in_context else one.description) for one in counts),
-        shared_fit=sum(fits) if method.shared else 0.0,
-        adapters=json.dumps(asdict(config), sort_keys=True) if any(fits) else "",
+        adapters=json.dumps(asdict(config), sort_keys=True) if fits else "",
     )
 
 
@@ -78,7 +81,7 @@ def fitted_once(costs: Iterable[CellCost]) -> list[CellCost]:
     found, there = [], set()
     for one in costs:
         if one.adapters in there:
-            one = replace(one, tasks=tuple(replace(task, fit=0) for task in one.tasks), shared_fit=0)
+            one = replace(one, fits={})
         there.add(one.adapters)
         found.append(one)
     return found

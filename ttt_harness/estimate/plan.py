@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ttt_harness.cluster.schedule import Piece, Schedule, simulate
 from ttt_harness.config import TaskSettings
 from ttt_harness.errors import ConfigError
 from ttt_harness.estimate.cost import CellCost, cost_of, fitted_once
 from ttt_harness.estimate.rates import Rates, measured_rates, newest_benchmark
 from ttt_harness.estimate.tokens import TokenCounts, count_tokens, encoder
+from ttt_harness.run.schedule import Fit, Piece, Schedule, Stages, simulate
 from ttt_harness.sweep.command import grid_of
 from ttt_harness.sweep.display import duration
 from ttt_harness.sweep.grid import Cell
@@ -49,12 +49,11 @@ def spread_tasks(cells: Sequence[CellCost], rates: Rates, gpus: int, gpus_per_wo
     workers = gpus // gpus_per_worker
     total, longest = rates.start, ("", 0.0)
     for one in cells:
-        schedule = Schedule(one.tasks, workers, fit_cost=rates.answer / rates.fit)
-        done = simulate(schedule, workers, _seconds(one, rates))
-        shared = one.shared_fit / rates.fit  # by one worker, while the others wait
-        total += shared + max((piece.end for piece in done), default=0.0)
-        fits = [(one.tasks[piece.piece.task].name, piece.end - piece.begin) for piece in done if piece.piece.fits]
-        longest = max([longest, *fits, (one.cell.setting, shared)], key=lambda named: named[1])
+        schedule = Schedule(one.fits, one.tasks, workers, fit_cost=rates.answer / rates.fit)
+        done = simulate(schedule, workers, _seconds(one, rates), rates.stages)
+        total += max((piece.end for piece in done), default=0.0)
+        fits = [(piece.piece.key, piece.end - piece.begin) for piece in done if isinstance(piece.piece, Fit)]
+        longest = max([longest, *fits], key=lambda named: named[1])
     return Estimate(gpus, total, _bound(cells, rates, workers, workers, total, f"the longest fit, {longest[0]}"))
 
 
@@ -64,7 +63,8 @@ def spread_cells(cells: Sequence[CellCost], rates: Rates, gpus: int, gpus_per_wo
     free = [0.0] * workers
     longest = (0.0, "")
     for one in cells:
-        seconds = rates.start + _fit_seconds(one, rates) + _answer_seconds(one, rates)
+        done = simulate(Schedule(one.fits, one.tasks, 1), 1, _seconds(one, rates), rates.stages)
+        seconds = rates.start + max((piece.end for piece in done), default=0.0)
         longest = max(longest, (seconds, one.cell.name))
         heapq.heappush(free, heapq.heappop(free) + seconds)
     total = max(free)
@@ -86,16 +86,18 @@ def _bound(cells: Sequence[CellCost], rates: Rates, workers: int, starts: int, t
         "the answers": sum(_answer_seconds(one, rates) for one in cells),
         "the starts": starts * rates.start,
     }
-    if sum(parts.values()) < BUSY * workers * total:
+    both = rates.stages is Stages.OVERLAPPED  # then the longer of the two is what the other is hidden behind
+    busy = max(parts["the fits"], parts["the answers"]) + parts["the starts"] if both else sum(parts.values())
+    if busy < BUSY * workers * total:
         return otherwise
     return max(parts, key=lambda name: parts[name])
 
 
 def _seconds(one: CellCost, rates: Rates) -> Callable[[Piece], float]:
     def seconds(piece: Piece) -> float:
+        if isinstance(piece, Fit):
+            return one.fits[piece.key] / rates.fit
         task = one.tasks[piece.task]
-        if piece.fits:
-            return task.fit / rates.fit
         share = (piece.stop - piece.start) / task.questions
         return (one.prefix[piece.task] + share * task.answer) / rates.answer
 
@@ -201,7 +203,7 @@ def _rates(
         assert answer_rate is not None
         return Rates(fit_rate, answer_rate, start_seconds or 0.0, "as given")
     found = measured_rates(source, {one.name: one for one in counts}, start_seconds)
-    return Rates(fit_rate or found.fit, answer_rate or found.answer, found.start, found.source)
+    return Rates(fit_rate or found.fit, answer_rate or found.answer, found.start, found.source, found.stages)
 
 
 def _gpus_per_worker(model_args: Mapping[str, Any]) -> int:

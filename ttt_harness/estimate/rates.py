@@ -9,19 +9,22 @@ from ttt_harness.errors import ConfigError, ReportError
 from ttt_harness.estimate.tokens import TokenCounts
 from ttt_harness.records import TaskRecord
 from ttt_harness.report.results import find_runs
+from ttt_harness.run.schedule import Stages
 
 
 @dataclass(frozen=True)
 class Rates:
     """What one worker does.
 
-    fit, answer: tokens per second; start: seconds until it is ready; source: where the figures are from.
+    fit, answer: tokens per second; start: seconds until it is ready; source: where the figures are from; stages: how
+    it went about fits and answers, whose rates are those of one beside the other where they overlap.
     """
 
     fit: float
     answer: float
     start: float
     source: str
+    stages: Stages = Stages.SEQUENTIAL
 
 
 def measured_rates(path: Path, tokens: Mapping[str, TokenCounts], start: float | None) -> Rates:
@@ -35,7 +38,7 @@ def measured_rates(path: Path, tokens: Mapping[str, TokenCounts], start: float |
     Raises:
         ConfigError: there is no such run, or it has none of the tasks.
     """
-    records, seconds = _records(path)
+    records, seconds, stages = _records(path)
     fits = [one for one in records.values() if one.fitted]
     answers = {name: one for name, one in records.items() if name in tokens and one.generate_seconds > 0}
     if not fits:
@@ -54,11 +57,12 @@ def measured_rates(path: Path, tokens: Mapping[str, TokenCounts], start: float |
         answer=asked / sum(one.generate_seconds for one in answers.values()),
         start=start if start is not None else seconds,
         source=str(path),
+        stages=stages,
     )
 
 
-def _records(path: Path) -> tuple[dict[str, TaskRecord], float]:
-    """What a run states of each of its tasks, and the seconds of its start as far as it states them."""
+def _records(path: Path) -> tuple[dict[str, TaskRecord], float, Stages]:
+    """What a run states of each of its tasks, the seconds of its start as far as it states them, and its stages."""
     if path.is_file():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -74,13 +78,16 @@ def _records(path: Path) -> tuple[dict[str, TaskRecord], float]:
     except ReportError as error:
         raise ConfigError(f"--measured: {error}") from None
     for one in reversed(found):
-        records = _task_records((one.config.get("ttt") or {}).get("tasks"))
+        stated = one.config.get("ttt")
+        stated = stated if isinstance(stated, dict) else {}
+        records = _task_records(stated.get("tasks"))
         if any(record.fitted for record in records.values()):
-            return records, 0.0
-    return {}, 0.0
+            named = {stages.name.lower(): stages for stages in Stages}
+            return records, 0.0, named.get(str(stated.get("stages")), Stages.SEQUENTIAL)
+    return {}, 0.0, Stages.SEQUENTIAL
 
 
-def _of_benchmark(path: Path, runs: list[object]) -> tuple[dict[str, TaskRecord], float]:
+def _of_benchmark(path: Path, runs: list[object]) -> tuple[dict[str, TaskRecord], float, Stages]:
     """The newest of the benchmark's runs; the time that it was neither fitting nor answering is its start."""
     for run in reversed(runs):
         stages = run.get("stages") if isinstance(run, dict) else None
@@ -88,7 +95,8 @@ def _of_benchmark(path: Path, runs: list[object]) -> tuple[dict[str, TaskRecord]
         if isinstance(own, dict):
             times = [own.get(name) for name in ("seconds", "fit_seconds", "generate_seconds")]
             total, fit, generate = (time if isinstance(time, int | float) else 0.0 for time in times)
-            return _task_records(own.get("tasks")), max(0.0, total - fit - generate)
+            rest = total - fit - generate
+            return _task_records(own.get("tasks")), max(0.0, rest), Stages.OVERLAPPED if rest < 0 else Stages.SEQUENTIAL
     raise ConfigError(f"{path} holds no run of this project; give --fit_rate and --answer_rate.")
 
 

@@ -79,7 +79,7 @@ def encoder(model_args: Mapping[str, Any]) -> Encode:
     """
     from transformers import AutoTokenizer
 
-    from ttt_harness.harness.model_arguments import local_model
+    from ttt_harness.run.model_arguments import local_model
 
     if not model_args.get("pretrained"):
         raise ConfigError("pretrained is missing: name the model whose tokens are counted with --model_args.")

@@ -71,9 +71,7 @@ class Answering(vllm_causallms.VLLM):
             `loglikelihood`, log-likelihoods for `loglikelihood_rolling`.
         """
         self.lora_request = adapter
-        # Not self's: `TTTVLLM` overrides these three with whole runs.
-        method = getattr(super(), kind)
-        return method(list(requests), disable_tqdm=True)
+        return getattr(self, kind)(list(requests), disable_tqdm=True)
 
     @staticmethod
     def modify_gen_kwargs(

@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_harness.errors import ConfigError
-from ttt_harness.harness.model_arguments import gpu_share, positive_int
+from ttt_harness.run.model_arguments import gpu_share, positive_int
 from ttt_harness.serving.engine import reason_of
 
 # of multiprocessing, where a script without `if __name__ == "__main__":` starts an engine in a process of its own

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ttt_harness.serving.memory import (
+from ttt_harness.run.memory import (
     ADAPTER_COPIES,
     BATCH_TOKENS,
     ENGINE_ACTIVATION_COPIES,

@@ -19,8 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from ttt_harness.config import VLLM_LORA_RANKS, TaskSettings, TTTConfig, nearest, quoted
 from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError, ModelError
-from ttt_harness.serving.engine import default_engine_args
-from ttt_harness.serving.memory import (
+from ttt_harness.run.memory import (
     GIB,
     UTILIZATION,
     MemoryPlan,
@@ -30,6 +29,7 @@ from ttt_harness.serving.memory import (
     plan_memory,
     possible_contexts,
 )
+from ttt_harness.serving.engine import default_engine_args
 from ttt_harness.training.checkpoint import ModelShape, read_config
 
 # Metadata of the tasks that come with this package and draw their own data; they may stand in --model_args too.

@@ -1,0 +1,219 @@
+"""Adapters for a run: taken from the store, or fitted and stored."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key
+from ttt_harness.data.sequences import TrainingSequence
+from ttt_harness.records import TaskRecord
+from ttt_harness.run.orders import FitOrder, Report
+
+# Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
+FIT_VERSION = 4
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What determines an adapter, besides the base model's weights and the training sequences.
+
+    dtype: of the weights, by torch's name ("bfloat16"); device: "cuda" or "cpu".
+    """
+
+    dtype: str
+    device: str
+    rank: int
+    alpha: float
+    dropout: float
+    batch_size: int
+    epochs: int
+    lr: float
+    warmup_ratio: float
+    seed: int
+
+    def loop(self) -> dict[str, Any]:
+        """The arguments of `Trainer.fit`."""
+        return {
+            "batch_size": self.batch_size,
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "warmup_ratio": self.warmup_ratio,
+            "seed": self.seed,
+        }
+
+    def key(self, base_model: str, sequences: Sequence[TrainingSequence]) -> str:
+        """The name of the adapter that is fitted on `sequences`; `base_model` is the hash of the base model."""
+        pairs = [(sequence.tokens, sequence.loss_mask) for sequence in sequences]
+        return adapter_key(
+            {
+                "fit_version": FIT_VERSION,
+                "base_model": base_model,
+                "sequences": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+                "dtype": f"torch.{self.dtype}",
+                "device": self.device,
+                "rank": self.rank,
+                "alpha": self.alpha,
+                "dropout": self.dropout,
+                "fit": self.loop(),
+            }
+        )
+
+
+class FitResult(Protocol):
+    """What a trainer gives back (`ttt_harness.training.trainer.FitResult`)."""
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each optimiser step."""
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, counted once for each epoch."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock."""
+
+    def peft_state_dict(self) -> dict[str, Any]:
+        """PEFT name -> tensor on the CPU."""
+
+
+class Trainer(Protocol):
+    """What fits (`ttt_harness.training.trainer.Trainer`)."""
+
+    def fit(
+        self,
+        sequences: Sequence[TrainingSequence],
+        *,
+        batch_size: int,
+        epochs: int,
+        lr: float,
+        warmup_ratio: float,
+        seed: int,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> FitResult:
+        """Fit an adapter."""
+
+
+class Fitter:
+    """Has adapters in a store, fitted where they are not there.
+
+    Args:
+        store: where adapters are kept.
+        settings: of the fits.
+        trainer: gives the trainer when the first adapter is fitted.
+        base_model: the base model's directory, which the adapter's file names.
+        said: the settings as records of fits state them.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        settings: FitSettings,
+        trainer: Callable[[], Trainer],
+        *,
+        base_model: Path,
+        said: dict[str, Any],
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self._trainer = trainer
+        self._base_model = base_model
+        self._said = said
+        self._loaded: dict[str, StoredAdapter] = {}
+        self._writing: dict[str, Future[StoredAdapter]] = {}
+        # Writes an adapter while the next one is fitted.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._lock = threading.Lock()
+
+    def stored(self, key: str) -> StoredAdapter | None:
+        """The adapter named `key`, if it is in the store or on its way there; it is read once in a run.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+        if (writing := self._writing.get(key)) is not None:
+            self._loaded[key] = writing.result()
+            self._writing.pop(key, None)
+        if key not in self._loaded and (found := self.store.load(key)):
+            self._loaded[key] = found
+        return self._loaded.get(key)
+
+    def fit(self, order: FitOrder, report: Report) -> TaskRecord:
+        """Have the adapter of `order` in the store, or on its way there; `stored` waits for it.
+
+        A process that is fitting the same adapter is waited for.
+
+        Returns:
+            The record of the fit.
+
+        Raises:
+            TTTError: the fit or the store fails.
+        """
+        with ExitStack() as held:
+            held.enter_context(self.store.fitting(order.key))
+            if found := self.stored(order.key):
+                return record_of(found, reused=True)
+            result = self._trainer().fit(
+                order.sequences,
+                **self.settings.loop(),
+                on_step=lambda done, steps, loss: report(
+                    done / steps, f"{order.where}: fitting, step {done}/{steps}, loss {loss:.3f}", False
+                ),
+            )
+            wait(list(self._writing.values()))  # else a slow store would have adapters pile up on the GPU
+            record = self._record(order, result)
+            self._writing[order.key] = self._writer.submit(self._save, order.key, result, record, held.pop_all())
+        return TaskRecord(
+            adapter=str(self.store.root / order.key),
+            train_sequences=record["train_sequences"],
+            train_tokens=record["train_tokens"],
+            losses=record["losses"],
+            fit_seconds=record["fit_seconds"],
+        )
+
+    def _record(self, order: FitOrder, result: FitResult) -> dict[str, Any]:
+        return {
+            "task": order.task,
+            "settings": self._said,
+            "dtype": self.settings.dtype,
+            "train_sequences": len(order.sequences),
+            "train_tokens": result.tokens,
+            "losses": [round(loss, 6) for loss in result.losses],
+            "fit_seconds": round(result.seconds, 3),
+        }
+
+    def _save(self, key: str, result: FitResult, record: dict[str, Any], held: ExitStack) -> StoredAdapter:
+        """Store an adapter, then let go of the lock that is `held` on it."""
+        with held:
+            return self.store.save(
+                key,
+                result.peft_state_dict(),
+                base_model=str(self._base_model),
+                rank=self.settings.rank,
+                alpha=self.settings.alpha,
+                dropout=self.settings.dropout,
+                record=record,
+            )
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._writer.shutdown()
+
+
+def record_of(adapter: StoredAdapter, *, reused: bool) -> TaskRecord:
+    """What a stored adapter's own record says of its fit."""
+    said = TaskRecord.from_dict(adapter.record)
+    said.adapter, said.reused = str(adapter.path), reused
+    return said
+
+
+def work_of_fit(sequences: Sequence[TrainingSequence], epochs: int) -> float:
+    """The tokens that a fit trains on."""
+    return float(epochs * sum(len(sequence.tokens) for sequence in sequences))

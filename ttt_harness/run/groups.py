@@ -1,0 +1,113 @@
+"""From requests to groups: what is asked together, what has to be fitted for it, and under which key.
+
+A group is the requests of one task. `group_by_task` makes them; `Preparation` gives those that are to be answered with
+an adapter their training sequences and the adapter's key.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ttt_harness.data.sequences import Encode, TrainingSequence, in_context_sequences, single_pair_sequences
+from ttt_harness.data.support import Render, SupportSet
+from ttt_harness.errors import ConfigError, DataError
+from ttt_harness.methods import Method, Sequences
+
+
+@dataclass
+class Group:
+    """The requests of one task.
+
+    indices: their positions among all requests.
+    support: the demonstrations that they carry; None for a task without.
+    sequences: what the adapter is fitted on; none where the base model answers.
+    key: the adapter's name; None where the base model answers.
+    """
+
+    task: str
+    indices: list[int]
+    support: SupportSet | None = None
+    sequences: Sequence[TrainingSequence] = field(default=(), repr=False)
+    key: str | None = None
+
+
+def group_by_task(requests: Sequence[Any]) -> list[Group]:
+    """The groups in the order of their first requests; `requests` are lm-eval's instances."""
+    groups: dict[str, Group] = {}
+    for index, request in enumerate(requests):
+        name = str(request.task_name)
+        if name not in groups:
+            groups[name] = Group(name, [], getattr(request, "support_set", None))
+        groups[name].indices.append(index)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Gives groups their training sequences and keys.
+
+    method: decides what sequences are made of, and whether all tasks share one adapter.
+    name: the method's, for messages.
+    encode, render: the tokenizer and the chat template, exactly as prompts go through them.
+    max_length: of a training sequence, in tokens.
+    key: names the adapter that is fitted on sequences.
+    """
+
+    method: Method
+    name: str
+    encode: Encode
+    render: Render
+    max_length: int
+    num_permutations: int
+    shuffle: bool
+    seed: int
+    loss_on: str
+    key: Callable[[Sequence[TrainingSequence]], str]
+
+    def prepare(self, groups: Sequence[Group]) -> None:
+        """Set `sequences` and `key` of `groups`, which all have a support set.
+
+        Raises:
+            ConfigError: a support set is empty.
+            DataError: a training sequence has no token to train on, or exceeds the context window.
+        """
+        for group in groups:
+            group.sequences = self._sequences(group)
+        if self.method.shared:
+            together = [sequence for group in groups for sequence in group.sequences]
+            key = self.key(together) if groups else None  # once: these are the sequences of all tasks
+            for group in groups:
+                group.sequences, group.key = together, key
+        else:
+            for group in groups:
+                group.key = self.key(group.sequences)
+
+    def _sequences(self, group: Group) -> list[TrainingSequence]:
+        support = group.support
+        if support is None or not support.demonstrations:
+            raise ConfigError(
+                f"k=0 is not allowed for {group.task} with method={self.name}: an adapter is fitted on demonstrations; "
+                "set k to at least 1, or use method=icl."
+            )
+        try:
+            if self.method.sequences is Sequences.SINGLE_PAIRS:
+                sequences = single_pair_sequences(support, self.encode, loss_on=self.loss_on, render=self.render)
+            else:
+                sequences = in_context_sequences(
+                    support,
+                    self.encode,
+                    num_permutations=self.num_permutations,
+                    shuffle=self.shuffle,
+                    seed=self.seed,
+                    loss_on=self.loss_on,
+                    render=self.render,
+                )
+        except DataError as error:
+            raise DataError(f"{support.source or group.task}: {error}") from None
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        if longest > self.max_length:
+            raise DataError(
+                f"{group.task}: a training sequence has {longest} tokens, but the context window holds "
+                f"{self.max_length}; use a smaller k, or a model (or max_model_len) with a longer window."
+            )
+        return sequences

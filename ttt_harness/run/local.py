@@ -1,0 +1,162 @@
+"""The worker of this process: how it is made, and the crew that it is alone.
+
+`make_worker` turns model arguments into a worker, here and on the other side of a cluster alike.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import torch
+from vllm import envs
+
+from ttt_harness.adapters.store import AdapterStore
+from ttt_harness.config import TTTConfig
+from ttt_harness.run.executor import SECONDS_BETWEEN_LOOKS
+from ttt_harness.run.fitter import FitSettings, Fitter
+from ttt_harness.run.memory import MemoryPlan
+from ttt_harness.run.model_arguments import ModelArguments
+from ttt_harness.run.orders import FitOrder, Order, Outcome, Report
+from ttt_harness.run.schedule import Stages
+from ttt_harness.run.worker import Worker
+from ttt_harness.serving.answering import Answering
+from ttt_harness.training.trainer import Trainer, release_trainer, shared_trainer
+
+T = TypeVar("T")
+
+
+def fit_device() -> str:
+    """Where adapters are fitted: "cuda" or "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fit_settings(config: TTTConfig, dtype: str) -> FitSettings:
+    """The settings of a run's fits, with weights of `dtype`."""
+    return FitSettings(
+        dtype=dtype,
+        device=fit_device(),
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        batch_size=config.fit_batch_size,
+        epochs=config.epochs or 0,
+        lr=config.lr or 0.0,
+        warmup_ratio=config.warmup_ratio,
+        seed=config.seed,
+    )
+
+
+def stated_settings(config: TTTConfig) -> dict[str, Any]:
+    """The settings that results and records state: all but where adapters are kept."""
+    return {name: value for name, value in asdict(config).items() if name != "adapter_dir"}
+
+
+def stages_of(memory: MemoryPlan | None) -> Stages:
+    """How a worker with this memory plan goes about fits and answers; without a GPU there is no plan."""
+    if memory is None:
+        return Stages.SEQUENTIAL
+    return Stages.ALTERNATING if memory.turns else Stages.OVERLAPPED
+
+
+def make_worker(arguments: ModelArguments, answering: Answering, store: AdapterStore) -> Worker:
+    """The worker that fits and answers as `arguments` say; loads nothing yet."""
+    config, memory = arguments.config, arguments.memory
+    fitter = None
+    if config.how.fits:
+        fitter = Fitter(
+            store,
+            fit_settings(config, answering.dtype_name),
+            lambda: _trainer(arguments, answering.dtype),
+            base_model=arguments.model_dir,
+            said=stated_settings(config),
+        )
+    return Worker(answering, store, fitter, stages=stages_of(memory), release_trainer=release_trainer)
+
+
+def preload(arguments: ModelArguments, answering: Answering) -> None:
+    """Begin to load trainer and engine side by side, where a GPU is there to load them to.
+
+    Whoever needs one of them first waits for it, and gets its error.
+    """
+    if fit_device() != "cuda":
+        return
+    if arguments.memory is None or not arguments.memory.turns:
+        answering.model.start_soon()  # in processes of its own
+    if arguments.config.how.fits:
+        in_background(lambda: _trainer(arguments, answering.dtype), name="trainer-start")
+
+
+def _trainer(arguments: ModelArguments, dtype: torch.dtype) -> Trainer:
+    config, memory = arguments.config, arguments.memory
+    assert arguments.shape is not None
+    return shared_trainer(
+        arguments.model_dir,
+        arguments.shape,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        dtype=dtype,
+        device=fit_device(),
+        activation_bytes=memory.activations if memory else None,
+        # Not where the user has the engine in this process, too.
+        memory_bytes=memory.trainer if memory and envs.VLLM_ENABLE_V1_MULTIPROCESSING else None,
+    )
+
+
+def in_background(call: Callable[[], T], *, name: str) -> Future[T]:
+    """Call in a thread that a process which ends does not wait for."""
+    future: Future[T] = Future()
+    threading.Thread(target=_settle, args=(future, call), name=name, daemon=True).start()
+    return future
+
+
+def _settle(future: Future[T], call: Callable[[], T]) -> None:
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+class LocalCrew:
+    """The one worker of this process.
+
+    One that is sequential or alternates works in the calling thread, so that Ctrl-C ends it where it is. One that
+    overlaps has a thread for each of its stages.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def ready(self) -> Collection[int]:
+        """Worker number 0."""
+        return (0,)
+
+    def stages_of(self, worker: int) -> Stages:  # noqa: ARG002
+        """As the worker says."""
+        return self._worker.stages
+
+    def begin(self, worker: int, order: Order, report: Report) -> "Future[Outcome]":  # noqa: ARG002
+        """Do the piece, or have its thread do it."""
+
+        def work() -> Outcome:
+            return (
+                self._worker.fit(order, report) if isinstance(order, FitOrder) else self._worker.answer(order, report)
+            )
+
+        if self._worker.stages is Stages.OVERLAPPED:
+            return in_background(work, name="fit" if isinstance(order, FitOrder) else "answers")
+        future: Future[Outcome] = Future()
+        _settle(future, work)
+        return future
+
+    def wait(self, running: "Collection[Future[Outcome]]") -> "Sequence[Future[Outcome]]":
+        """Those that are done."""
+        return list(wait(running, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED).done)
+
+    def result(self, handle: "Future[Outcome]") -> Outcome:
+        """What came of it."""
+        return handle.result()
