@@ -6,13 +6,13 @@ that any of its models runs the task unchanged; `ttt_vllm` also reads the suppor
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import datasets
-import jinja2
-from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
@@ -21,9 +21,12 @@ from lm_eval.api.utils import maybe_delimit
 from ttt_harness.config import TaskSettings
 from ttt_harness.data.sequences import permutations
 from ttt_harness.data.support import Chat, Demonstration, SupportSet
-from ttt_harness.errors import ConfigError, DataError, TTTError
-from ttt_harness.harness import declaration
+from ttt_harness.errors import ConfigError, DataError
+from ttt_harness.harness import declaration, preflight, rows, selection
+from ttt_harness.harness.aggregation import Aggregation
+from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
+from ttt_harness.harness.user_code import Row, own_words, shown, user_code
 from ttt_harness.serving.generation import greedy_unless_sampled
 
 Doc = Mapping[str, Any]
@@ -82,46 +85,54 @@ class TTTTask(ConfigurableTask):
         if self.settings.generation_budget == "published":
             config["generation_kwargs"] = self._published_budget(config, metadata)
         self._rendered: dict[tuple[str, int], Any] = {}
-        try:
-            try:
-                super().__init__(data_dir, cache_dir, download_mode, config)
-            except IndexError:  # of the first example, which the base class tries
-                raise DataError(
-                    f"{self.where}: the first example that is evaluated has a label that is the number of no choice; "
-                    "correct doc_to_target or doc_to_choice."
-                ) from None
-            self.sampler = DrawnSampler(self._demonstrations)
-            self._support = self._read_demonstrations()
-            self._refuse_overlap()
-        except jinja2.TemplateError as error:
-            columns = ", ".join(getattr(self, "features", None) or [])
-            raise DataError(
-                f"{self.where}: a template of the YAML cannot be filled in ({error.message}); the data set's columns "
-                f"are {columns or 'not known'}."
-            ) from None
+        # Until the base class has read the first row:
+        self.prompt: Any = None
+        self._fields: Fields | None = None
+        self._constructed = False
+        self._construct(data_dir, cache_dir, download_mode, config)
+        declaration.check_metrics(self.where, self._metric_fn_list, config)
+        self._constructed = True
+        self.sampler = DrawnSampler(self._demonstrations)
+        self._support = self._read_demonstrations()
+        self._refuse_overlap()
         self.config.metadata = {
             **(self.config.metadata or {}),
             "k": len(self._demonstrations),
             "demonstrations": self.drawn_from,
         }
 
+    def _construct(self, *arguments: Any) -> None:
+        """Have the base class load the data and try the first row."""
+        with user_code(self.where, "its declaration"):
+            try:
+                super().__init__(*arguments)
+            except IndexError:  # of a label of the first row that is the number of no choice
+                preflight.check_rows(self, islice(self._evaluated_rows(), 1))
+                raise
+
     # What the YAML says
 
     def _listed_samples(self, config: Mapping[str, Any]) -> list[Doc] | None:
         samples = (config.get("fewshot_config") or {}).get("samples")
-        samples = samples() if callable(samples) else samples
-        if samples is not None and not (isinstance(samples, list) and samples):
+        if callable(samples):
+            with user_code(self.where, "fewshot_config.samples"):
+                samples = samples()
+        if samples is None:
+            return None
+        if not (isinstance(samples, list) and samples and all(isinstance(sample, Mapping) for sample in samples)):
             raise ConfigError(
-                f"{self.where}: fewshot_config.samples must be a list of examples, or a function that returns one; "
-                "list at least one, or take the key out."
+                f"{self.where}: fewshot_config.samples must be a list of examples (mappings of columns), or a function "
+                "that returns one; list at least one, or take the key out."
             )
         return samples
 
     def _settle_k(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
-        settings = TaskSettings.from_mapping(metadata)
-        if "k" in metadata:
-            return settings
-        return replace(settings, k=len(self._listed) if self._listed else config.get("num_fewshot") or settings.k)
+        try:
+            settings = TaskSettings.from_mapping(metadata)
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {error}") from error
+        shots = len(self._listed) if self._listed else config.get("num_fewshot")
+        return settings if "k" in metadata or shots is None else replace(settings, k=shots)
 
     def _check_prompts(self, config: Mapping[str, Any]) -> None:
         settings = self.settings
@@ -150,7 +161,8 @@ class TTTTask(ConfigurableTask):
         """Load the data set, and choose the demonstrations and what is evaluated."""
         if callable(self.config.custom_dataset):
             # As in the base class, without its warning about --metadata for each of 27 tasks.
-            self.dataset = self.config.custom_dataset(**{**(self.config.metadata or {}), **(dataset_kwargs or {})})
+            with user_code(self.where, "custom_dataset"):
+                self.dataset = self.config.custom_dataset(**{**(self.config.metadata or {}), **(dataset_kwargs or {})})
         else:
             self._load(dict(dataset_kwargs or {}), **kwargs)
         if not isinstance(self.dataset, Mapping):
@@ -158,9 +170,9 @@ class TTTTask(ConfigurableTask):
                 f"{self.where}: the data set is one {type(self.dataset).__name__} and not several splits; take 'split' "
                 "out of dataset_kwargs, or have custom_dataset return {'test': ...}."
             )
-        evaluated = self._name_evaluated_split()
-        self._evaluated = self._docs(evaluated, self.config.process_docs)
-        self._demonstrations = self._choose(evaluated)
+        self._split = self._name_evaluated_split()
+        self._pool = self._docs(self._split, self.config.process_docs)
+        self._demonstrations = self._choose(self._split)
 
     def _load(self, dataset_kwargs: dict[str, Any], **kwargs: Any) -> None:
         for key in ("data_files", "data_dir"):
@@ -175,11 +187,10 @@ class TTTTask(ConfigurableTask):
             super().download(dataset_kwargs, **kwargs)
         # The failures of `datasets` and the hub's client share no base class: no file, a damaged one, no network.
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
             raise DataError(
-                f"{self.where}: the data set {path} could not be loaded ({reason}); check dataset_path, "
+                f"{self.where}: the data set {path} could not be loaded ({own_words(error)}); check dataset_path, "
                 "dataset_name and dataset_kwargs, and for the hub's data the network."
-            ) from None
+            ) from error
 
     def _name_evaluated_split(self) -> str:
         """The split that is evaluated: the YAML's, or where it names none, the data set's `test` or its only one."""
@@ -207,19 +218,24 @@ class TTTTask(ConfigurableTask):
                 f"{self.where}: the split '{split}' is streamed, and demonstrations are drawn from a whole split; take "
                 "streaming out of dataset_kwargs."
             )
-        docs = process_docs(docs) if process_docs else docs
+        if process_docs:
+            with user_code(self.where, f"process_docs for the split '{split}'"):
+                docs = process_docs(docs)
+                docs = docs if isinstance(docs, datasets.Dataset) else datasets.Dataset.from_list(list(docs))
         if not len(docs):
             after = " after process_docs" if process_docs else ""
             raise DataError(
                 f"{self.where}: the split '{split}' is empty{after}; check the data, or name another split."
             )
-        return docs if isinstance(docs, datasets.Dataset) else datasets.Dataset.from_list(list(docs))
+        return docs
 
-    def _choose(self, evaluated: str) -> list[Doc]:
-        """The demonstrations; where they come out of the evaluated split, that keeps the others only."""
+    def _choose(self, evaluated: str) -> list[Row]:
+        """The demonstrations; where they come out of the evaluated split, the others are evaluated."""
+        self._evaluated, self._order = self._pool, list(range(len(self._pool)))
         if self._listed:
             self.drawn_from = "fewshot_config.samples"
-            return list(self._listed)
+            listed = enumerate(self._listed, 1)
+            return [Row(doc, None, number, number) for number, doc in listed]
         config, k = self.config, self.settings.k
         split, process_docs = self.fewshot_cfg.split, self.fewshot_cfg.process_docs
         if split is None:
@@ -233,14 +249,14 @@ class TTTTask(ConfigurableTask):
                     f"out of the evaluated split '{split}'; name a fewshot_split, or take fewshot_config.process_docs "
                     "out."
                 )
-            pool = self._evaluated
+            pool = self._pool
             if k >= len(pool):
                 raise ConfigError(
                     f"k={k} is not allowed for {self.where}: k must be smaller than its number of examples, "
                     f"{len(pool)}, since the others are evaluated."
                 )
             order = self._shuffled(len(pool))
-            self._evaluated = pool.select(order[k:])
+            self._evaluated, self._order = pool.select(order[k:]), order[k:]
             self.drawn_from = f"split {split}, and not evaluated"
         else:
             pool = self._docs(split, process_docs)
@@ -252,14 +268,31 @@ class TTTTask(ConfigurableTask):
             first = self.fewshot_cfg.sampler == "first_n"
             order = list(range(k)) if first else self._shuffled(len(pool))
             self.drawn_from = f"split {split}{', the first' if first else ''}"
-        return [pool[index] for index in order[:k]]
+        return [
+            Row(pool[index], _split_name(split, process_docs), index + 1, number)
+            for number, index in enumerate(order[:k], 1)
+        ]
+
+    def _evaluated_rows(self, positions: Sequence[int] | None = None) -> Iterator[Row]:
+        """The rows that are evaluated, or those at `positions` among them, with their places in the data set."""
+        chosen = self._evaluated if positions is None else (self._evaluated[position] for position in positions)
+        order = self._order if positions is None else [self._order[position] for position in positions]
+        for index, doc in zip(order, chosen, strict=True):
+            yield self._evaluated_row(doc, index)
+
+    def _evaluated_row(self, doc: Doc, index: int) -> Row:
+        return Row(doc, _split_name(self._split, self.config.process_docs), index + 1)
+
+    def _row(self, doc: Doc) -> Row:
+        """A row as messages name it. Of those that are none the base class tries the first that is evaluated."""
+        return doc if isinstance(doc, Row) else self._evaluated_row(doc, self._order[0])
 
     def _shuffled(self, count: int) -> list[int]:
         order = list(range(count))
         random.Random(self.settings.seed).shuffle(order)
         return order
 
-    def fewshot_docs(self) -> list[Doc]:
+    def fewshot_docs(self) -> list[Row]:
         """The demonstrations, in their order."""
         return self._demonstrations
 
@@ -276,19 +309,20 @@ class TTTTask(ConfigurableTask):
         if self.settings.overlap == "allow" or not self._demonstrations:
             return
         asked: dict[str, set[str]] = defaultdict(set)
-        for doc in self._demonstrations:
+        for doc, (_, pair) in zip(self._demonstrations, self._support, strict=True):
             try:
-                question, target = self._question(doc), self.doc_to_target(doc)
-            except Exception:  # listed samples need only have what their own templates ask for, whatever those raise
-                question = self.doc_to_text(doc, self.fewshot_cfg.doc_to_text)
-                target = self.doc_to_target(doc, self.fewshot_cfg.doc_to_target)
+                question, target = self._asked(doc), self.doc_to_target(doc)
+            except DataError:  # listed samples need only have what their own templates ask for
+                question, target = pair.turn, pair.answer
             asked[str(question)].add(str(target))
-        found = {
-            (question, target)
-            for doc in self._evaluated
-            if (question := str(self._question(doc))) in asked
-            and (target := str(self.doc_to_target(doc))) in asked[question]
-        }
+        found = set()
+        for doc in self._evaluated:
+            try:
+                question = str(self._asked(doc))
+                if question in asked and (target := str(self.doc_to_target(doc))) in asked[question]:
+                    found.add((question, target))
+            except DataError:  # a row that cannot be read is refused if it is among those that are asked
+                continue
         if found:
             raise DataError(
                 f"{self.where}: {len(found)} of {len(self._demonstrations)} demonstrations ({self.drawn_from}) are "
@@ -296,16 +330,9 @@ class TTTTask(ConfigurableTask):
                 "away; take them out of the data, or set the metadata key overlap to allow."
             )
 
-    def _question(self, doc: Doc) -> Any:
-        """What tells one question from another. A template is compiled once, not for each document as in lm-eval."""
-        template = self.config.doc_to_text
-        if self.multiple_input:
-            return [self.doc_to_text(doc), *self.doc_to_choice(doc)]
-        if not isinstance(template, str) or template in self.features or self.prompt is not None:
-            return self.doc_to_text(doc)
-        if not hasattr(self, "_template"):
-            self._template = utils.env.from_string(template)
-        return self._template.render(**doc)
+    def _asked(self, doc: Doc) -> Any:
+        """What tells one question from another."""
+        return [self.doc_to_text(doc), *self.doc_to_choice(doc)] if self.multiple_input else self.doc_to_text(doc)
 
     # Prompts and requests
 
@@ -345,23 +372,74 @@ class TTTTask(ConfigurableTask):
             request.idx = index
         return requests
 
-    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-        """As in the base class; for a vote, of the answer that most prompts led to."""
-        if len(results) > 1 and self.OUTPUT_TYPE == "generate_until":
-            results = [vote(results)]
-        return super().process_results(doc, results)
-
     def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
         """As in the base class, but a demonstration is rendered once and not for every prompt."""
-        return self._once("text", doc, super().doc_to_text, doc_to_text)
+        return self._once("text", doc, self._question, self._source("doc_to_text", doc_to_text))
+
+    def _question(self, doc: Doc, source: Any) -> Any:
+        with user_code(self.where, "doc_to_text", self._row(doc)):
+            if not isinstance(source, str):
+                return super().doc_to_text(doc, source)
+            question = self.fields.question(source, doc)
+        # Digits are the number of a choice only where lm-eval found that they are, in the first row.
+        printed = isinstance(question, int) and source not in self.fields.columns
+        return str(question) if printed and self._constructed and not self.multiple_input else question
 
     def doc_to_target(self, doc: Doc, doc_to_target: Any = None) -> Any:
-        """As in the base class, but a demonstration is rendered once, and a number that is an answer becomes a text."""
-        target = self._once("target", doc, super().doc_to_target, doc_to_target)
-        # Tables hold numbers; lm-eval takes one for the number of a choice, and stops where there are no choices.
+        """As in the base class, but a demonstration is rendered once, a null is None, and a number is a text.
+
+        Tables hold numbers; lm-eval takes one for the number of a choice, and stops where there are no choices.
+        """
+        target = self._once("target", doc, self._target, self._source("doc_to_target", doc_to_target))
         if self.config.doc_to_choice is None and isinstance(target, (int, float)):
             return str(target)
         return target
+
+    def _target(self, doc: Doc, source: Any) -> Any:
+        with user_code(self.where, "doc_to_target", self._row(doc)):
+            target = self.fields.target(source, doc) if isinstance(source, str) else super().doc_to_target(doc, source)
+        return None if is_null(target) else target
+
+    def doc_to_choice(self, doc: Doc, doc_to_choice: Any = None) -> list[str]:
+        """As in the base class, but nothing other than a list of texts is let through.
+
+        Raises:
+            DataError: the choices are something else, or one of them is empty.
+        """
+        return self._once("choices", doc, self._choices, self._source("doc_to_choice", doc_to_choice))
+
+    def _choices(self, doc: Doc, source: Any) -> list[str]:
+        with user_code(self.where, "doc_to_choice", self._row(doc)):
+            choices = (
+                self.fields.choices(source, doc) if isinstance(source, str) else super().doc_to_choice(doc, source)
+            )
+        if problem := rows.choices_problem(self._row(doc).place, choices, source):
+            raise DataError(f"{self.where}: {problem}.")
+        return list(choices)
+
+    def _source(self, name: str, given: Any) -> Any:
+        """What a field is read with: a prompt of a library, an override for demonstrations, or the YAML's key."""
+        if self.prompt is not None:
+            return self.prompt
+        return getattr(self.config, name) if given is None else given
+
+    @property
+    def fields(self) -> Fields:
+        """Reads the rows' fields."""
+        if self._fields is None:
+            self._fields = Fields(self.features, numbered=self.config.doc_to_choice is not None)
+        return self._fields
+
+    def doc_to_prefix(self, doc: Doc) -> str | None:
+        """The beginning of the answer that the prompt ends with, if there is one."""
+        return self.resolve_field(doc, self.config.gen_prefix)
+
+    def resolve_field(self, doc: Doc, field: str | None = None) -> str | None:  # type: ignore[override]
+        """A column, or what a template prints: for the description and for the beginning of an answer."""
+        if not field:
+            return None
+        with user_code(self.where, f"the template {shown(field)}", self._row(doc)):
+            return doc[field] if field in doc else self.fields.text(field, doc)
 
     def build_qa_turn(self, *, c: list[str] | None = None, a: Any = None, **pieces: Any) -> list[Any]:
         """As in the base class; of several right choices the first, as it is of several right texts."""
@@ -383,13 +461,13 @@ class TTTTask(ConfigurableTask):
         # An end-to-end fit is asked as a question is, and not as a demonstration.
         form = self.config if self._zero_shot else self.fewshot_cfg
         read = []
-        for number, doc in enumerate(self._demonstrations, 1):
+        for doc in self._demonstrations:
             question = self.doc_to_text(doc, form.doc_to_text)
             choices = self.doc_to_choice(doc, form.doc_to_choice) if form.doc_to_choice else None
             target = self.doc_to_target(doc, form.doc_to_target)
+            self._check_pair(doc, question, choices, target)
             if self.multiple_input and choices:
                 question, choices = choices[question], None
-            self._check_pair(number, question, choices, target)
             prefix = self.resolve_field(doc, form.gen_prefix) or ""
             # Of a loglikelihood task lm-eval scores the target as it is, straight after the question.
             joined = self._zero_shot and self.OUTPUT_TYPE == "loglikelihood"
@@ -403,7 +481,8 @@ class TTTTask(ConfigurableTask):
             )
             answer = reply.content[len(prefix) :].lstrip() if prefix else reply.content
             prefix = reply.content.removesuffix(answer)
-            self._check_answer(number, answer)
+            if not answer.strip():
+                self._refuse_missing(doc)
             pieces = Demonstration(
                 question=asked.to_text() + prefix,
                 answer=answer,
@@ -414,28 +493,24 @@ class TTTTask(ConfigurableTask):
             read.append((self.resolve_field(doc, self.config.description) or "", pieces))
         return read
 
-    def _check_pair(self, number: int, question: Any, choices: Any, target: Any) -> None:
-        which = f"{self.where}: demonstration {number} ({self.drawn_from})"
-        if not isinstance(question, str):
-            raise DataError(
-                f"{which} has the question {question!r}, which is no text; make it one, e.g. with a template in "
-                'doc_to_text such as "{{question}}".'
-            )
-        first = target[0] if isinstance(target, list) and target else target
-        if choices and isinstance(first, int) and not 0 <= first < len(choices):
-            raise DataError(
-                f"{which} has the label {first}, and {len(choices)} choices; correct doc_to_target, or take examples "
-                "without a label out with process_docs."
-            )
-        if not (isinstance(first, str) or (choices and isinstance(first, int))) or first == "":
-            self._check_answer(number, "")
+    def _check_pair(self, doc: Row, question: Any, choices: Any, target: Any) -> None:
+        if rows.has_no_answer(target):
+            self._refuse_missing(doc)
+        place, numbered = doc.place, bool(self.multiple_input)
+        problem = rows.question_problem(place, question, choices, numbered=numbered) or rows.target_problem(
+            place, target, choices, "multiple_choice" if choices else "generate_until", numbered=numbered
+        )
+        if problem:
+            raise DataError(f"{self.where}: {problem}.")
 
-    def _check_answer(self, number: int, answer: str) -> None:
-        if not answer.strip():
-            raise DataError(
-                f"{self.where}: demonstration {number} ({self.drawn_from}) has no answer to fit on; correct "
-                "doc_to_target, or take examples without an answer out with process_docs."
-            )
+    def _refuse_missing(self, demonstration: Row) -> None:
+        """Refuse a demonstration without an answer, and name the other such rows."""
+        missing = [demonstration]
+        for row in (*self._demonstrations, *self._evaluated_rows()):
+            if row is not demonstration:
+                with suppress(DataError):  # of another row, or of listed samples that are read in another way
+                    missing += [row] if rows.has_no_answer(self.doc_to_target(row)) else []
+        raise DataError(f"{self.where}: there is no answer to fit on: {rows.without_answers(missing)}.")
 
     def support_set(
         self,
@@ -454,28 +529,102 @@ class TTTTask(ConfigurableTask):
             chat = "multiturn" if fewshot_as_multiturn else "singleturn"
         return SupportSet(heads[0] if heads else "", tuple(pairs), chat, self.where)
 
+    def doc_iterator(
+        self, *, rank: int = 0, limit: int | None = None, world_size: int = 1, samples: list[int] | None = None
+    ) -> Iterator[tuple[int, Row]]:
+        """The evaluated rows with their numbers, as in the base class; samples come in the order in which they stand.
+
+        lm-eval looks their numbers up in that order, and its own class gives them in ascending order.
+        """
+        chosen = self._evaluated_rows(samples) if samples else islice(self._evaluated_rows(), limit or None)
+        return islice(enumerate(chosen), rank, None, world_size)
+
     def build_all_requests(self, **kwargs: Any) -> None:
-        """As in the base class; each request then carries `support_set`, and `choices` where the metadata has them.
+        """As in the base class, after a check of all that is evaluated; made-up answers are scored as well.
+
+        Each request then carries `support_set`, and `choices` where the metadata has them.
 
         Raises:
-            ConfigError: requests are to be cached, or the chat template cannot take the task's turns.
+            ConfigError: requests are to be cached, `--limit` or `--samples` select nothing, or the chat template cannot
+                take the task's turns.
+            DataError: a row is not what the task's kind needs, or something of the task raises an error.
         """
         if kwargs.get("cache_requests"):
             raise ConfigError(
                 f"--cache_requests is not allowed for {self.where}: lm-eval's cache knows neither the seed nor the "
                 "demonstrations; leave it out."
             )
+        limit, samples = kwargs.get("limit"), kwargs.get("samples")
+        selection.check_limit(limit)
+        if samples is not None:
+            selection.check_samples(samples, len(self._evaluated), self.where)
         if self.OUTPUT_TYPE == "generate_until":  # here, since the command line's arguments come after construction
-            self.config.generation_kwargs = greedy_unless_sampled(self.config.generation_kwargs or {}, self.where)
-        try:
+            arguments = greedy_unless_sampled(self.config.generation_kwargs or {}, self.where)
+            preflight.check_ends(self.where, arguments)
+            self.config.generation_kwargs = arguments
+        selected = {key: kwargs[key] for key in ("rank", "world_size") if key in kwargs}
+        preflight.check_rows(self, (row for _, row in self.doc_iterator(limit=limit, samples=samples, **selected)))
+        with user_code(self.where, "building its prompts"):
             super().build_all_requests(**kwargs)
-        except TTTError as error:
-            raise type(error)(f"{self.where}: {error}") from None
+        preflight.try_scoring(self)
         options = ("system_instruction", "apply_chat_template", "fewshot_as_multiturn")
         support = self.support_set(**{name: kwargs[name] for name in options if name in kwargs})
         for instance in self.instances:
             instance.support_set = support
             instance.choices = (self.config.metadata or {}).get("choices")
+
+    # Scoring
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that the YAML lists, or lm-eval's for the output type."""
+        return list(self._metric_fn_list)
+
+    def apply_filters(self) -> None:
+        """As in the base class, but what a filter raises is one sentence."""
+        self.filter_answers(self.instances)
+
+    def filter_answers(self, instances: list[Instance]) -> None:
+        """Apply the task's filters to the answers of `instances`.
+
+        Raises:
+            DataError: a filter raises something, or returns too few answers.
+        """
+        for pipeline in self._filters:
+            with user_code(self.where, f"the filter '{pipeline.name}' of filter_list"):
+                pipeline.apply(instances)
+            if lost := [instance for instance in instances if pipeline.name not in instance.filtered_resps]:
+                raise DataError(
+                    f"{self.where}: the filter '{pipeline.name}' of filter_list returns answers to "
+                    f"{len(instances) - len(lost)} of {len(instances)} requests; have it return one entry for each."
+                )
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        """As in the base class; for a vote, of the answer that most prompts led to.
+
+        Raises:
+            DataError: scoring raises something, or gives no mapping of metrics to scores.
+        """
+        own = callable(self.config.process_results)
+        what = "process_results" if own else f"scoring with {', '.join(self.metric_names)}"
+        with user_code(self.where, f"{what}, given {shown(results)},", self._row(doc)):
+            if len(results) > 1 and self.OUTPUT_TYPE == "generate_until":
+                results = [vote(results)]
+            scores = super().process_results(doc, results)
+        if not (isinstance(scores, Mapping) and all(isinstance(metric, str) for metric in scores)):
+            raise DataError(
+                f"{self.where}: {what} gives {shown(scores)} for {self._row(doc).place}, and no mapping of metrics to "
+                'scores; have it return one, e.g. {"acc": 1.0}.'
+            )
+        return dict(scores)
+
+    def aggregation(self) -> dict[str, Any]:
+        """As in the base class, but what an aggregation raises is one sentence."""
+        return {metric: Aggregation(of, metric, self.where) for metric, of in super().aggregation().items()}
+
+
+def _split_name(split: str, process_docs: Any) -> str:
+    return f"split '{split}'{' after process_docs' if process_docs else ''}"
 
 
 def has_support_set(request: Instance) -> bool:
