@@ -65,6 +65,9 @@ AXES: dict[str, Callable[[Setting], bool]] = {
     "generation_budget": _answers,
 }
 
+# Those that determine an adapter.
+FIT_AXES = tuple(axis for axis, of in AXES.items() if of in (_fits, _fits_in_context))
+
 # Settings that are none, and what to use instead.
 NOT_AXES = {
     "method": "--methods chooses the methods",
@@ -72,6 +75,7 @@ NOT_AXES = {
     "adapter_dir": "it does not change a result",
     "on_plain_task": "it does not change the result of a TTT task",
     "overlap": "it does not change the result of a task that is allowed",
+    "truncate": "it says what becomes of prompts beyond the context window, in all cells alike; set it in --model_args",
     "num_fewshot": "k is the number of demonstrations",
 }
 

@@ -25,6 +25,7 @@ from ttt_harness.errors import ConfigError, ReportError, TTTError
 from ttt_harness.locks import file_lock
 from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import Run, find_runs, read_run
+from ttt_harness.sweep.axes import FIT_AXES
 from ttt_harness.sweep.grid import Cell
 
 RECORD = "cell.json"
@@ -44,8 +45,6 @@ _NOT_RECORDED = {
     *("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args", "trust_remote_code"),
     *("confirm_run_unsafe_code", "check_integrity", "cache_requests"),
 }
-# Settings whose defaults may change with a version, and results with them.
-_OF_FITS = set(TTTConfig.names()) - {"method", "seed", "k", "adapter_dir", "on_plain_task"}
 
 
 class KeptError(TTTError):
@@ -243,11 +242,11 @@ def _changed(old: Any, new: dict[str, Any]) -> str:
 
 
 def _other_defaults(cell: Cell, run: Run) -> str:
-    """The settings of the fits that a version with other defaults has run the cell with."""
+    """The settings of the fits that a version with other defaults has run the cell with, for people."""
     if not SETTINGS[cell.method].fits:
         return ""
     now = TTTConfig.from_mapping(cell.call["model_args"])
-    new = {name: getattr(now, name) for name in _OF_FITS}
+    new = {name: getattr(now, name) for name in FIT_AXES}
     return _differences([name for name in new if run.settings.get(name, new[name]) != new[name]], run.settings, new)
 
 
@@ -345,8 +344,9 @@ def _finish(partial: Path, folder: Path) -> None:
         if os.path.lexists(folder):
             _remove_emptied(folder)
         partial.rename(folder)
-    except OSError as error:
-        raise TTTError(f"{folder} cannot be written ({error.strerror}); the cell's results are in {partial}.") from None
+    except (TTTError, OSError) as error:
+        why = f"{folder} cannot be written: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise TTTError(f"{why.rstrip('.')}. The cell's results are in {partial}.") from None
 
 
 def _clear(cell: Cell, root: Path) -> None:

@@ -18,7 +18,9 @@ MAX_VALUES = 10_000
 MAX_DEPTH = 20
 MAX_DIGITS = 40
 
-_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "merge", "value")}
+_KINDS = {
+    f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
+}
 
 
 def read_grid_file(path: Path) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def _check(root: yaml.Node, path: Path) -> None:
             raise ConfigError(f"--config {path} is nested too deeply: {MAX_DEPTH} levels are allowed.")
         if id(node) not in sizes:
             within = (*above, id(node))
+            _check_kind(node, path)
             if isinstance(node, yaml.MappingNode):
                 _check_keys(node, path)
                 children = [value for _, value in node.value]
@@ -80,7 +83,6 @@ def _check(root: yaml.Node, path: Path) -> None:
                 children = node.value
             else:
                 children = []
-                _check_scalar(node, path)
             sizes[id(node)] = 1 + sum(size(child, within) for child in children)
         if sizes[id(node)] > MAX_VALUES:
             raise ConfigError(f"--config {path} holds more than {MAX_VALUES} values; aliases count as often as used.")
@@ -109,13 +111,13 @@ def _check_keys(node: yaml.MappingNode, path: Path) -> None:
         seen.add(key.value)
 
 
-def _check_scalar(node: yaml.Node, path: Path) -> None:
-    where = f"{str(node.value)[:40]!r} in line {node.start_mark.line + 1}"
-    if node.tag not in _SCALARS:
-        kind = node.tag.rpartition(":")[2]
+def _check_kind(node: yaml.Node, path: Path) -> None:
+    shown = f"{node.value[:40]!r} " if isinstance(node, yaml.ScalarNode) else ""
+    where = f"{shown}in line {node.start_mark.line + 1}"
+    if node.tag not in _KINDS:
         raise ConfigError(
-            f"--config {path} holds a value that is neither text, number, true nor false: {where} ({kind}); put it "
-            "between quotes if it is a text."
+            f"--config {path} holds a value that is neither text, number, true nor false, nor a list or keys of such: "
+            f"{where} ({node.tag.rpartition(':')[2]}); put it between quotes if it is a text."
         )
     if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
         raise ConfigError(f"--config {path} holds a number that is too long: {where} has {len(node.value)} digits.")
