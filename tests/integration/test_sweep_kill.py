@@ -1,4 +1,7 @@
-"""Kill -9 in the middle of a real sweep: nothing finished is repeated, and the end is that of an undisturbed sweep."""
+"""Kill -9 in the middle of a real sweep: nothing finished is repeated, and the end is that of an undisturbed sweep.
+
+Two of the cells fail in the engine's process, since their prompts are longer than the context window.
+"""
 
 import json
 import os
@@ -12,12 +15,13 @@ import pytest
 pytestmark = pytest.mark.integration
 
 GRID = [
-    *("--methods", "random,icl_vote,ttt,shared_e2e", "--seeds", "42-43"),
+    *("--methods", "random,icl_vote,ttt,shared_e2e", "--seeds", "42", "--grid", "k=3,60"),
     *("--tasks", "procedural_ttt_boolean_expressions", "procedural_ttt_word_sorting"),
     *("--limit", "4", "--log_samples"),
 ]
-SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=1024,dtype=float32"
+SETTINGS = "num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=1024,dtype=float32"
 CELLS = 8
+TOO_LONG = ("icl_vote, k=60, seed 42", "ttt, k=60, seed 42")
 
 
 def command(folder, model):
@@ -28,7 +32,10 @@ def command(folder, model):
 
 def run(folder, model):
     result = subprocess.run(command(folder, model), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr
+    for cell in TOO_LONG:
+        assert f"failed: {cell}: " in result.stderr
+        assert "context window" in result.stderr
     return result.stderr
 
 
@@ -39,7 +46,7 @@ def summary(folder):
 
 def finished(folder):
     """The files of the finished cells, and when they were written."""
-    cells = [path.parent for path in (folder / "out").glob("*/seed*/cell.json") if path.parent.suffix != ".partial"]
+    cells = [path.parent for path in (folder / "out").glob("*/k=*/seed*/cell.json") if path.parent.suffix != ".partial"]
     return {file: file.stat().st_mtime_ns for cell in cells for file in cell.rglob("*")}
 
 
@@ -48,8 +55,8 @@ def kill_in_the_middle(folder, model):
     process = subprocess.Popen(command(folder, model), stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while process.poll() is None:
-            done = list((folder / "out").glob("*/seed??/cell.json"))
-            if len(done) >= 2 and list((folder / "out").glob("*/*.partial")):
+            done = list((folder / "out").glob("*/k=*/seed??/cell.json"))
+            if len(done) >= 2 and list((folder / "out").glob("*/*/*.partial")):
                 break
             time.sleep(0.02)
     finally:
@@ -59,21 +66,27 @@ def kill_in_the_middle(folder, model):
 
 def test_a_killed_sweep_goes_on_where_it_stopped(tiny_model, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = CELLS - len(TOO_LONG)
     told = run(undisturbed, tiny_model)
-    assert f"{CELLS} of {CELLS} cells are in" in told
+    assert f"{whole} of {CELLS} cells are in" in told
 
     kill_in_the_middle(killed, tiny_model)
     before = finished(killed)
     done = len({path for path in before if path.name == "cell.json"})
-    assert 2 <= done < CELLS
+    assert 2 <= done < whole
 
     told = run(killed, tiny_model)
     assert f"{done} of {CELLS} cells are done already: skipped." in told
     after = finished(killed)
     assert before.items() <= after.items()
-    assert len({path for path in after if path.name == "cell.json"}) == CELLS
+    assert len({path for path in after if path.name == "cell.json"}) == whole
     assert not list((killed / "out").rglob("*.partial"))
-    assert len(list((killed / "out").rglob("results_*.json"))) == CELLS
+    assert len(list((killed / "out").rglob("results_*.json"))) == whole
     assert summary(killed) == summary(undisturbed)
-    assert {row["method"] for row in summary(killed)["rows"]} == {"random", "icl_vote", "ttt", "shared_e2e"}
-    assert all(row["seeds"] == [42, 43] for row in summary(killed)["rows"])
+    assert {row["method"].split(",")[0] for row in summary(killed)["rows"]} == {
+        "random",
+        "icl_vote",
+        "ttt",
+        "shared_e2e",
+    }
+    assert all(row["seeds"] == [42] for row in summary(killed)["rows"])

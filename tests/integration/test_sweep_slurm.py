@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,12 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not installed (apt install slurmctld slurmd): no {MISSING}"),
 ]
 
-SEEDS = (42, 43, 44)
-SETTINGS = "k=3,num_permutations=2,lora_rank=8,lr=1e-2,max_model_len=1024,dtype=float32"
+# of a grid of one method, two learning rates and two seeds, and one method without learning rates
+CELLS = {
+    *(f"random, seed {seed}" for seed in (42, 43)),
+    *(f"ttt, lr={lr}, seed {seed}" for seed in (42, 43) for lr in ("5e-3", "1e-2")),
+}
+SETTINGS = "k=3,num_permutations=2,lora_rank=8,max_model_len=1024,dtype=float32"
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -103,7 +108,8 @@ def slurm(request, tmp_path_factory):
 def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model, tmp_path):
     out = tmp_path / "out"
     grid = [
-        *("--methods", "random,ttt", "--seeds", "42-44", "--tasks", "procedural_ttt_boolean_expressions"),
+        *("--methods", "random,ttt", "--seeds", "42-43", "--grid", "lr=5e-3,1e-2"),
+        *("--tasks", "procedural_ttt_boolean_expressions"),
         *("--limit", "4", "--output_path", str(out)),
         *("--model_args", f"pretrained={tiny_model},adapter_dir={tmp_path / 'adapters'},{SETTINGS}"),
     ]
@@ -116,47 +122,58 @@ def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model
 
     def states():
         told = sweep("--status", "--output_path", str(out)).stdout.splitlines()[:-1]
-        return {line.split("  ")[0].strip(): " ".join(line.split()[3:]) for line in told}
+        found = {}
+        for line in told:
+            name, state = re.split(r"(?<=seed \d\d) +", line, maxsplit=1)
+            found[name] = " ".join(state.split())
+        return found
 
     def call(*command):
         subprocess.run(command, env=slurm, check=True)
 
-    submit = ["--slurm", "--time", "20", "--gpus", "0", "--cells_per_job", "2", "--partition", "main"]
+    def finished():
+        return [*out.glob("*/seed??/cell.json"), *out.glob("*/*/seed??/cell.json")]
+
+    submit = ["--slurm", "--time", "20", "--gpus", "0", "--cells_per_job", "3", "--partition", "main"]
     told = sweep(*grid, *submit, "--sbatch=--comment=study").stderr
-    assert "6 cells are in SLURM's queue as 3 jobs" in told
-    assert set(states()) == {f"{method}, seed {seed}" for method in ("random", "ttt") for seed in SEEDS}
+    assert "6 cells are in SLURM's queue as 2 jobs" in told
+    assert set(states()) == CELLS
     # the same again while all of it is queued: nothing is submitted twice
     assert "0 of 6 cells are done, 6 are queued or running: skipped." in sweep(*grid, *submit).stderr
 
-    partial = wait_for(lambda: list(out.glob("ttt/*.partial")), 240)[0]
-    name = f"ttt, seed {partial.stem.removeprefix('seed')}"
+    def at_work():
+        """Folder and name of each cell of ttt that a process is at."""
+        partial = list(out.glob("ttt/*/*.partial"))
+        return {path: f"ttt, {path.parent.name}, seed {path.stem.removeprefix('seed')}" for path in partial}
+
+    ((_, name), *_) = wait_for(at_work, 240).items()
     state = states()[name]
     assert state.startswith("running job "), state
     job = state.split()[2].rstrip(";")
     call("scancel", "--signal=KILL", "--full", job)
     wait_for(lambda: states()[name].startswith(f"failed job {job} ended without its results: CANCELLED"), 30)
-    done = {path: path.stat().st_mtime_ns for path in out.glob("*/*/cell.json")}
+    done = {path: path.stat().st_mtime_ns for path in finished()}
     assert done  # the job's first cell
     call("scontrol", "requeue", job)
 
     # another, asked to make room as before a time limit, queues itself again
     def running_elsewhere():
-        cells = {path: f"ttt, seed {path.stem.removeprefix('seed')}" for path in out.glob("ttt/*.partial")}
         now = states()
-        return [(path, now[cell]) for path, cell in cells.items() if cell != name and "running job " in now[cell]]
+        return [(path, now[cell]) for path, cell in at_work().items() if cell != name and "running job " in now[cell]]
 
     partial, state = wait_for(running_elsewhere, 240)[0]
     second = state.split()[2].rstrip(";")
     call("scancel", "--signal=USR2", second)
-    log = out / "ttt" / f"{partial.stem}.log"
+    log = partial.with_suffix(".log")
 
-    wait_for(lambda: len(list(out.glob("*/seed??/cell.json"))) == 6, 400)
+    wait_for(lambda: len(finished()) == 6, 400)
+    assert set(states()) == CELLS
     assert all(state.startswith("done") for state in states().values())
-    assert done.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*/*/cell.json")}.items()
+    assert done.items() <= {path: path.stat().st_mtime_ns for path in finished()}.items()
     assert not list(out.rglob("*.partial"))
     assert not list(out.rglob("*.lock"))
-    assert all((out / f"{method}/seed{seed}.log").exists() for method in ("random", "ttt") for seed in SEEDS)
-    assert "ttt, seed" in log.read_text()
+    assert all(path.parent.with_suffix(".log").exists() for path in finished())
+    assert "ttt, lr=" in log.read_text()
     said = Path(next(out.glob(f"slurm/{second}_*_log.err"))).read_text()
     assert "Stopped at ttt" in said
     told = sweep(*grid, *submit).stderr

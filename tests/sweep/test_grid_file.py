@@ -18,8 +18,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 
 
 def test_a_file_may_hold_all_that_a_grid_needs(tmp_path):
-    text = "grid:\n- {lr: 1e-4, epochs: 1}\n- &b {lr: 3e-4, epochs: [1, 3]}\n- *b\nlog_samples: true\nsystem_instruction: 'x'\n"
-    (tmp_path / "grid.yaml").write_text(text)
+    grid = "grid:\n- {lr: 1e-4, epochs: 1}\n- &b {lr: 3e-4, epochs: [1, 3]}\n- *b\n"
+    (tmp_path / "grid.yaml").write_text(f"{grid}log_samples: true\nsystem_instruction: 'x'\n")
     assert read_grid_file(tmp_path / "grid.yaml") == {
         "grid": [{"lr": "1e-4", "epochs": 1}, *([{"lr": "3e-4", "epochs": [1, 3]}] * 2)],
         "log_samples": True,

