@@ -11,17 +11,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from lm_eval.api.instance import Instance
 
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness import rows
+from ttt_harness.harness.fields import Fields
 from ttt_harness.harness.user_code import Row, shown
-
-if TYPE_CHECKING:
-    from ttt_harness.harness.task import TTTTask
 
 # Rows whose made-up answers are scored; several, since some aggregations need more than one.
 SCORED = 8
@@ -29,7 +27,27 @@ SCORED = 8
 BUDGETS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-def check_rows(task: "TTTTask", evaluated: Iterable[Row]) -> None:
+class Checked(Protocol):
+    """What is asked of a task here; `TTTTask` has it."""
+
+    where: str
+    config: Any
+    fields: Fields
+    instances: list[Instance]
+    metric_names: list[str]
+    multiple_input: int
+    multiple_target: int
+    OUTPUT_TYPE: Any
+
+    def doc_to_text(self, doc: Row) -> Any: ...
+    def doc_to_target(self, doc: Row) -> Any: ...
+    def doc_to_choice(self, doc: Row) -> list[str]: ...
+    def filter_answers(self, instances: list[Instance]) -> None: ...
+    def process_results(self, doc: Row, results: list[Any]) -> dict[str, Any]: ...
+    def aggregation(self) -> dict[str, Any]: ...
+
+
+def check_rows(task: Checked, evaluated: Iterable[Row]) -> None:
     """Read every row's question, choices and right answer, and check that they go together.
 
     Raises:
@@ -51,7 +69,7 @@ def check_rows(task: "TTTTask", evaluated: Iterable[Row]) -> None:
         raise DataError(f"{task.where}: {rows.without_answers(missing)}.")
 
 
-def _target_problem(task: "TTTTask", row: Row, target: Any, choices: Sequence[str] | None) -> str | None:
+def _target_problem(task: Checked, row: Row, target: Any, choices: Sequence[str] | None) -> str | None:
     numbered, source = bool(task.multiple_input), task.config.doc_to_target
     problem = rows.target_problem(row.place, target, choices, task.OUTPUT_TYPE, numbered=numbered)
     problem = problem or rows.unlike_the_first(row.place, target, several=bool(task.multiple_target))
@@ -83,7 +101,7 @@ def check_ends(where: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def try_scoring(task: "TTTTask") -> None:
+def try_scoring(task: Checked) -> None:
     """Put made-up right answers to the first rows through filters, `process_results` and aggregations.
 
     Nothing of the task is changed by it, and no random numbers are used up.
@@ -112,7 +130,7 @@ def try_scoring(task: "TTTTask") -> None:
                 aggregations[metric](values)
 
 
-def _answered(task: "TTTTask", instances: Sequence[Instance]) -> list[Instance]:
+def _answered(task: Checked, instances: Sequence[Instance]) -> list[Instance]:
     """Copies of a row's requests, with right answers."""
     row = copy.deepcopy(instances[0].doc)
     right = _right_answer(task, row)
@@ -124,7 +142,7 @@ def _answered(task: "TTTTask", instances: Sequence[Instance]) -> list[Instance]:
     return made
 
 
-def _right_answer(task: "TTTTask", row: Row) -> Any:
+def _right_answer(task: Checked, row: Row) -> Any:
     """The text of the right answer or, for multiple_choice, the number of the right choice."""
     target = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
     if isinstance(target, list | tuple) and target:
@@ -137,7 +155,7 @@ def _right_answer(task: "TTTTask", row: Row) -> Any:
     return choices[target] if isinstance(target, int) and 0 <= target < len(choices) else target
 
 
-def _check_metrics(task: "TTTTask", scored: set[str]) -> None:
+def _check_metrics(task: Checked, scored: set[str]) -> None:
     """Of these kinds lm-eval knows a few metrics, and leaves others out without a word."""
     if callable(task.config.process_results) or task.OUTPUT_TYPE == "generate_until":
         return
@@ -150,7 +168,7 @@ def _check_metrics(task: "TTTTask", scored: set[str]) -> None:
 
 
 @contextmanager
-def _unchanged(task: "TTTTask") -> Iterator[None]:
+def _unchanged(task: Checked) -> Iterator[None]:
     """Leave random numbers, and the tables that lm-eval extends while it scores, as they were."""
     numbers, arrays = random.getstate(), np.random.get_state()
     tables: Mapping[str, dict[str, Any]] = {
