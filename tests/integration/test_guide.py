@@ -1,4 +1,4 @@
-"""The worked example of task_configs/README.md: its files, its commands, word for word but for the model."""
+"""The worked example of task_configs/README.md, and README.md's from Python: word for word but for the model."""
 
 import re
 import shlex
@@ -64,3 +64,23 @@ def test_the_worked_example_works(tiny_model, tmp_path, monkeypatch, capfd):
     assert "TTT" in table
     (samples,) = (tmp_path / "out" / "ttt").rglob("samples_capitals_*.jsonl")
     assert len(samples.read_text().splitlines()) == 7
+
+
+@pytest.mark.integration
+def test_the_example_from_python_works(tiny_model, tmp_path, monkeypatch, capfd):
+    from lm_eval.tasks import _index
+
+    monkeypatch.setenv("TTT_CACHE_DIR", str(tmp_path / "cache"))
+    read = _index.TaskIndex._iter_yaml_files
+    own = staticmethod(lambda root: read(root) if root.name == "task_configs" else [])
+    monkeypatch.setattr(_index.TaskIndex, "_iter_yaml_files", own)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    small = {"pretrained": str(tiny_model), "enable_lora": True, "max_lora_rank": 8, "max_model_len": 2048}
+    small |= {"dtype": "float32", "lora_rank": 8, "lr": 1e-2, "k": 3}
+    assert '{"pretrained": "embedded", ' in code
+    code = code.replace('{"pretrained": "embedded", ', "{**small, ")
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__", "small": small})
+    accuracy, loss = re.findall(r"^(?:accuracy|loss of the fit) (\S+)$", capfd.readouterr().out, re.MULTILINE)
+    assert 0 <= float(accuracy) <= 1
+    assert float(loss) > 0
