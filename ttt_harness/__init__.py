@@ -29,13 +29,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    try:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    except ModuleNotFoundError as error:
-        from ttt_harness.errors import report_errors_in_one_sentence
-        from ttt_harness.extras import missing_part
-
-        if missing := missing_part(error):
-            report_errors_in_one_sentence()  # lm-eval asks for the model here, and catches nothing
-            raise missing from error
-        raise
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -33,7 +33,7 @@ from ttt_harness.errors import ending_in_one_sentence
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
-    "ttt_vllm": "ttt_harness:TTTVLLM",
+    "ttt_vllm": "ttt_harness.harness.model:TTTVLLM",
 }
 TASKS = "ttt_harness.task_configs"
 

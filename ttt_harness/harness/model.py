@@ -7,9 +7,11 @@ process or on the workers of `cluster`.
 
 # ruff: noqa: E402 - vLLM and torch read the environment when they are imported
 from ttt_harness.errors import DataError, report_errors_in_one_sentence
+from ttt_harness.extras import require
 from ttt_harness.serving.environment import prepare_environment
 
 report_errors_in_one_sentence()
+require("torch", "torchtune", "transformers", "vllm")
 prepare_environment()
 
 import contextlib
