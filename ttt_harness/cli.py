@@ -284,6 +284,129 @@ def _summary(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_adapters(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "adapters",
+        help="list, show, prune, verify and export the adapters that runs have fitted",
+        description="See and keep in order what a store of adapters holds.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    results = "results file of lm-eval, or a folder with any number; say which adapters they name"
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        command.add_argument("--adapter_dir", type=Path, metavar="DIR", help="the store (default: that of runs)")
+        command.set_defaults(run=run)
+        return command
+
+    listing = add("list", _adapters_list, "one line an adapter: task, model, method, settings, size, age, last use")
+    listing.add_argument("--sort", choices=ADAPTER_ORDERS, default="used", help="default: used, the last first")
+    listing.add_argument("--method", metavar="NAME", help="those of this method")
+    listing.add_argument("--results", metavar="PATH", nargs="+", help=results)
+    listing.add_argument("--format", choices=("table", "csv", "json"), default="table", help="default: table")
+    showing = add("show", _adapters_show, "all that determines an adapter, its losses, and whether it is intact")
+    showing.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
+    showing.add_argument("--results", metavar="PATH", nargs="+", help=results)
+    showing.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    pruning = add("prune", _adapters_prune, "remove adapters, after saying which and asking")
+    pruning.add_argument("--older", metavar="TIME", help="not used for so long: 30d, 12h, 2w")
+    pruning.add_argument("--keep", metavar="SIZE", help="until so much is left, those first that were used longest ago")
+    pruning.add_argument("--unused-by", metavar="PATH", nargs="+", help="that no results file here names")
+    pruning.add_argument("--damaged", action="store_true", help="that verify complains of, and what was set aside")
+    pruning.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    for command in (listing, pruning):
+        command.add_argument("--model", metavar="NAME", help="those of this base model; * and ? stand for anything")
+        command.add_argument("--task", metavar="NAME", help="those of this task; * and ? stand for anything")
+    verifying = add("verify", _adapters_verify, "check that adapters are as they were written, and finite")
+    verifying.add_argument("keys", metavar="KEY", nargs="*", help="which (default: all)")
+    verifying.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    exporting = add("export", _adapters_export, "write an adapter as a PEFT directory with a model card")
+    exporting.add_argument("key", metavar="KEY", help="its key, or the beginning of it")
+    exporting.add_argument("folder", metavar="DIR", type=Path, help="a new or an empty folder")
+    exporting.add_argument("--base_model", metavar="NAME", help="the base model's name, where the fit had a path")
+    exporting.add_argument("--results", metavar="PATH", nargs="+", help="whose scores the card is to show")
+
+
+# The names of ttt_harness.adapters.inventory.ORDERS, so that --help imports nothing for them.
+ADAPTER_ORDERS = ("used", "age", "size", "task", "model", "method", "key")
+
+
+def _adapter_store(args: argparse.Namespace) -> Any:
+    from ttt_harness.adapters.store import AdapterStore
+    from ttt_harness.config import TTTConfig
+
+    return AdapterStore(TTTConfig(adapter_dir=args.adapter_dir and str(args.adapter_dir)).adapter_store)
+
+
+def _uses(paths: Sequence[str] | None) -> dict[str, Any] | None:
+    """The results that name adapters, by the adapters' keys; None where no results are given."""
+    if paths is None:
+        return None
+    from ttt_harness.adapters.inventory import Use
+    from ttt_harness.report.results import find_runs
+
+    uses: dict[str, Any] = {}
+    for run in (run for path in paths for run in find_runs(path)):
+        stated = run.config.get("ttt")
+        stated = stated.get("tasks") if isinstance(stated, dict) else None
+        for task in stated if isinstance(stated, dict) else ():
+            fit = run.fit(task)
+            if fit is not None and fit.adapter:
+                scored = run.metrics(task) if task in run.tasks else []
+                scores = {str(metric): run.score(task, metric).value for metric in scored}
+                uses.setdefault(Path(fit.adapter).name, []).append(Use(str(run.path), task, scores))
+    return uses
+
+
+def _adapters_list(args: argparse.Namespace) -> int:
+    from ttt_harness.adapters.command import list_adapters
+
+    return list_adapters(
+        _adapter_store(args),
+        sort=args.sort,
+        model=args.model,
+        task=args.task,
+        method=args.method,
+        uses=_uses(args.results),
+        form=args.format,
+    )
+
+
+def _adapters_show(args: argparse.Namespace) -> int:
+    from ttt_harness.adapters.command import show
+
+    return show(_adapter_store(args), args.key, uses=_uses(args.results), form=args.format)
+
+
+def _adapters_prune(args: argparse.Namespace) -> int:
+    from ttt_harness.adapters.command import prune
+
+    return prune(
+        _adapter_store(args),
+        model=args.model,
+        task=args.task,
+        older=args.older,
+        keep=args.keep,
+        uses=_uses(args.unused_by),
+        damaged=args.damaged,
+        yes=args.yes,
+    )
+
+
+def _adapters_verify(args: argparse.Namespace) -> int:
+    from ttt_harness.adapters.command import verify
+
+    return verify(_adapter_store(args), args.keys, form=args.format)
+
+
+def _adapters_export(args: argparse.Namespace) -> int:
+    from ttt_harness.adapters.command import export_adapter
+
+    return export_adapter(
+        _adapter_store(args), args.key, args.folder, base_model=args.base_model, uses=_uses(args.results)
+    )
+
+
 def _add_model(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "model",
@@ -323,6 +446,7 @@ COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_summary,
     _add_compare,
     _add_report,
+    _add_adapters,
     _add_model,
     _add_ray_in_slurm,
 )

@@ -43,8 +43,13 @@ def _piece_hash(path: Path, start: int) -> bytes:
 
 
 def model_name(model_dir: str | Path) -> str:
-    """What people call a model: its name on the hub where it lies in the hub's cache, else its folder's."""
+    """What people call a model: its name on the hub where it has one or lies in the hub's cache, else its folder's."""
     path = str(model_dir).rstrip("/")
-    if found := re.search(_SNAPSHOT, path):
+    if found := _SNAPSHOT.search(path):
         return f"{found[1]}/{found[2]}"
-    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and path[0] != "." else path.rpartition("/")[2]
+    return path if is_hub_name(path) else path.rpartition("/")[2]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form of the hub's, organisation/model, rather than of a path."""
+    return re.fullmatch(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", name) is not None

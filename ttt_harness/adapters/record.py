@@ -83,6 +83,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return _read_object(folder / RECORD_NAME)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config in `folder`, unchecked; errors as of `read_record`."""
+    return _read_object(folder / CONFIG_NAME)
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -121,7 +126,7 @@ def _check_sealed(record: Mapping[str, Any], folder: Path, key: str) -> None:
 
 
 def _check_unsealed(record: Mapping[str, Any], folder: Path) -> None:
-    config = _read_object(folder / CONFIG_NAME)
+    config = read_config(folder)
     if record.get("sha256") != file_hash(folder / WEIGHTS_NAME):
         raise Damage(f"has a {WEIGHTS_NAME} that is damaged or was changed")
     shapes = read_shapes(folder)

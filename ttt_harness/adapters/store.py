@@ -31,7 +31,7 @@ from ttt_harness.locks import file_lock, is_locked
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRASH = ".trash-"  # what is being removed, and goes with the next removal where a process was killed meanwhile
+TRASH = ".ttt-trash-"  # what is being removed, and goes with the next removal where a process was killed meanwhile
 # What was in an adapter's place and may be of worth to somebody is kept under its name and this.
 SET_ASIDE = ".set-aside"
 _log = logging.getLogger(__name__)

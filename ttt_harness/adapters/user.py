@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ttt_harness.adapters.names import fingerprint, model_name
+from ttt_harness.adapters.names import fingerprint, is_hub_name, model_name
 from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from ttt_harness.errors import ConfigError
 
@@ -154,7 +154,7 @@ def _check_base_model(said: str, model_dir: Path, where: str) -> None:
     same = _same_files(Path(said).expanduser(), model_dir)
     if same:
         return
-    if same is False or (_is_hub_name(theirs) and _is_hub_name(here)):
+    if same is False or (is_hub_name(theirs) and is_hub_name(here)):
         raise ConfigError(
             f"{where} was made for the base model {theirs}, and this run's is {here}; evaluate it with "
             f"pretrained={said}, or correct base_model_name_or_path in its {CONFIG_NAME}."
@@ -174,16 +174,12 @@ def _same_files(one: Path, two: Path) -> bool | None:
         return None
     if os.path.samefile(one, two):
         return True
-    if _is_hub_name(model_name(one)) != _is_hub_name(model_name(two)):
+    if is_hub_name(model_name(one)) != is_hub_name(model_name(two)):
         return None  # one in the hub's cache, whose files are not hashed (see `fingerprint`)
     try:
         return fingerprint(one) == fingerprint(two)
     except OSError:
         return None
-
-
-def _is_hub_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".")
 
 
 @dataclass(frozen=True)
