@@ -83,7 +83,7 @@ class Entry:
         """The settings that are not the method's defaults, as `--model_args` take them."""
         defaults = asdict(TTTConfig(method=self.method)) if self.method in METHODS else {}
         return ",".join(
-            f"{name}={value}"
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in self.settings.items()
             if name not in _NO_SETTING and (name not in defaults or defaults[name] != value)
         )
