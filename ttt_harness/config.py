@@ -1,7 +1,8 @@
-"""The settings of a run: two frozen dataclasses, checked at construction, in which every default stands once.
+"""The settings of a run: three frozen dataclasses, checked at construction, in which every default stands once.
 
 `TTTConfig` holds the model arguments of `ttt_vllm` (how an adapter is fitted), `TaskSettings` the metadata keys of a
-task (which demonstrations, which prompts). Both are built with `from_mapping`, which takes what lm-eval's parser made
+task (which demonstrations, which prompts), `LMEvalSettings` the arguments of lm-eval's `vllm` class that may stand
+beside ours. They are built with `from_mapping`, which takes what lm-eval's parser made
 of the command line. Components take flat values from here, never these objects.
 """
 
@@ -60,6 +61,7 @@ def _one_of(values: tuple[str, ...]) -> Any:
 
 _COUNT = _rule(int, "a whole number of at least 1", lambda v: v >= 1)
 _SEED = _rule(int, "a whole number from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32)
+_TEXT = _rule(str, "a text that is not empty", bool)
 _YES_NO = _rule(bool, "true or false", lambda _: True)
 
 
@@ -84,7 +86,7 @@ def _convert(value: Any, kind: type) -> Any:
 
 
 class _Settings:
-    """What the two dataclasses share: conversion and check of each field by the rule in its metadata."""
+    """What the dataclasses share: conversion and check of each field by the rule in its metadata."""
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ class TTTConfig(_Settings):
     )
     seed: int = field(default=42, metadata=_SEED)
     k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
-    adapter_dir: str | None = None
+    adapter_dir: str | None = field(default=None, metadata=_TEXT)
     on_plain_task: str = field(default="error", metadata=_one_of(ON_PLAIN_TASK))
     truncate: bool = field(default=False, metadata=_YES_NO)
 
@@ -192,3 +194,44 @@ class TaskSettings(_Settings):
     leave_one_out: bool = field(default=False, metadata=_YES_NO)
     generation_budget: str = field(default="full", metadata=_one_of(GENERATION_BUDGETS))
     overlap: str = field(default="refuse", metadata=_one_of(OVERLAP))
+
+
+@dataclass(frozen=True)
+class LMEvalSettings(_Settings):
+    """The arguments of lm-eval's `vllm` class that it takes as they are, so that they are checked before it does.
+
+    None stands for lm-eval's own default.
+
+    Raises:
+        ConfigError: a value that is not allowed; the message says which are.
+    """
+
+    revision: str | None = field(default=None, metadata=_TEXT)
+    tokenizer: str | None = field(default=None, metadata=_TEXT)
+    tokenizer_mode: str | None = field(default=None, metadata=_TEXT)
+    tokenizer_revision: str | None = field(default=None, metadata=_TEXT)
+    trust_remote_code: bool | None = field(default=None, metadata=_YES_NO)
+    add_bos_token: bool | None = field(default=None, metadata=_YES_NO)
+    prefix_token_id: int | None = field(
+        default=None, metadata=_rule(int, "the number of a token, at least 0", lambda v: 0 <= v < 2**31)
+    )
+    tensor_parallel_size: int | None = field(default=None, metadata=_COUNT)
+    data_parallel_size: int | None = field(default=None, metadata=_COUNT)
+    quantization: str | None = field(default=None, metadata=_TEXT)
+    max_gen_toks: int | None = field(default=None, metadata=_COUNT)
+    max_batch_size: int | None = field(default=None, metadata=_COUNT)
+    max_length: int | None = field(default=None, metadata=_COUNT)
+    max_model_len: int | None = field(default=None, metadata=_COUNT)
+    lora_local_path: str | None = field(default=None, metadata=_TEXT)
+    max_lora_rank: int | None = field(default=None, metadata=_COUNT)
+    enable_lora: bool | None = field(default=None, metadata=_YES_NO)
+    enable_thinking: bool | None = field(default=None, metadata=_YES_NO)
+    chat_template_args: dict[str, Any] | None = field(default=None, metadata=_rule(dict, "a mapping", lambda _: True))
+    think_end_token: str | None = field(default=None, metadata=_TEXT)
+    truncation_side: str | None = field(default=None, metadata=_one_of(("left", "right", "middle")))
+    hf_token: str | bool | None = None
+    download_dir: str | None = field(default=None, metadata=_TEXT)
+
+    def stated(self) -> dict[str, Any]:
+        """Those that are not left to lm-eval."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}

@@ -1,5 +1,6 @@
 """What is wrong with requests is said before an engine starts; sampling is repeatable, whatever the batch."""
 
+import json
 import random
 
 import pytest
@@ -13,7 +14,6 @@ WINDOW = 256
 
 @pytest.fixture(scope="module")
 def answering(tiny_model):
-    import ttt_harness.harness  # noqa: F401 - prepares the environment
     from ttt_harness.serving.answering import Answering
     from ttt_harness.serving.engine import default_engine_args
 
@@ -219,3 +219,68 @@ def test_a_refusal_is_a_config_error_that_names_the_remedy(answering):
     error = refusal(answering, generation(top_k=-2))
     assert isinstance(error, ConfigError)
     assert "--gen_kwargs" in str(error)
+
+
+TURNS = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def with_templates(make_model):
+    """Makes an `Answering` of a model whose tokenizer has these chat templates."""
+    from ttt_harness.serving.answering import Answering
+    from ttt_harness.serving.engine import default_engine_args
+
+    def make(templates):
+        folder = make_model()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": templates}))
+        return Answering(folder, {**default_engine_args(), "dtype": "float32"})
+
+    return make
+
+
+def named(**texts):
+    return [{"name": name, "template": f"{text} {{{{ messages[0]['content'] }}}}"} for name, text in texts.items()]
+
+
+def test_the_named_template_renders_prompts_and_training_texts(with_templates):
+    model = with_templates(named(short="S", tools="T"))
+    for name, text in [("short", "S hello"), ("tools", "T hello"), ("short", "S hello")]:
+        recorded = model.chat_template(name)
+        assert recorded.startswith(text[0])
+        assert model.apply_chat_template(TURNS) == text
+        assert model.render_chat(TURNS, True) == text
+
+
+@pytest.mark.parametrize("name", ["chatml", "", "default", True])
+def test_a_template_that_is_not_there_is_refused_with_those_that_are(with_templates, name):
+    model = with_templates(named(short="S", tools="T"))
+    with pytest.raises(ConfigError, match="one of short, tools"):
+        model.chat_template(name)
+    with pytest.raises(ConfigError, match="one of short, tools"):
+        model.apply_chat_template(TURNS)
+
+
+def test_the_default_template_is_used_where_none_is_named(with_templates):
+    model = with_templates(named(default="D", tools="T"))
+    assert model.apply_chat_template(TURNS) == "D hello"
+    assert model.chat_template(True).startswith("D")
+    assert model.chat_template(False) is None
+
+
+def test_the_only_template_of_a_model_has_one_name(with_templates):
+    model = with_templates(named(only="O")[0]["template"])
+    assert model.chat_template(True) == model.chat_template("default")
+    with pytest.raises(ConfigError, match="one of default"):
+        model.chat_template("chatml")
+
+
+def test_a_model_without_a_template_says_so(answering):
+    for given in (True, "chatml"):
+        with pytest.raises(ConfigError, match="has no chat template; leave out"):
+            answering.chat_template(given)
+
+
+def test_thinking_is_no_way_to_score_given_answers(answering, monkeypatch):
+    monkeypatch.setattr(answering, "enable_thinking", True)
+    assert "enable_thinking" in str(refusal(answering, scoring("a", "b"), kind="loglikelihood"))

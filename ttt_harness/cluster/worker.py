@@ -83,7 +83,7 @@ class RayWorker:
 
         if self._given != given:
             arguments = ModelArguments.parse(**given)
-            self._answering = Answering(arguments.model_dir, arguments.engine)
+            self._answering = Answering(arguments.model_dir, arguments.engine, arguments.adapter)
             self._arguments, self._given = arguments, given
             local.preload(self._arguments, self._answering)
         return WorkerEnvironment(

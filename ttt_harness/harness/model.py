@@ -68,7 +68,7 @@ class TTTVLLM(LM):
         self._local = local
         self.arguments = ModelArguments.parse(pretrained, dtype, **model_args)
         self.config = self.arguments.config
-        self.answering = Answering(self.arguments.model_dir, self.arguments.engine)
+        self.answering = Answering(self.arguments.model_dir, self.arguments.engine, self.arguments.adapter)
         self.store = AdapterStore(self.config.adapter_store)
         self.records: dict[str, TaskRecord] = {}
         self._settings = local.stated_settings(self.config)
@@ -171,6 +171,7 @@ class TTTVLLM(LM):
         for group in groups:
             record = evaluation.records[group.task]
             record.truncated, record.sampling = checked[group.task].truncated, checked[group.task].sampling
+            record.adapter = record.adapter or checked[group.task].adapter
             self._note(record, group)
         return evaluation.answers
 

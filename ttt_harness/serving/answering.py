@@ -10,6 +10,7 @@ starts no engine: the first answer does.
 """
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,19 @@ from lm_eval.models.utils import has_bos_prefix
 from vllm.lora.request import LoRARequest
 
 from ttt_harness import patches
-from ttt_harness.errors import ConfigError, DataError, ModelError
-from ttt_harness.serving.engine import shared_engine
+from ttt_harness.adapters.user import UserAdapter
+from ttt_harness.config import quoted
+from ttt_harness.errors import ConfigError, DataError, ModelError, TTTError
+from ttt_harness.serving.engine import reason_of, shared_engine
 from ttt_harness.serving.generation import samples
 from ttt_harness.serving.sampling import request_seed, sampling_params, vllm_arguments
 
+_log = logging.getLogger(__name__)
+
 # A text has at most so many tokens for each of its bytes, whatever a tokenizer's normalization makes of it.
 TOKENS_PER_BYTE = 16
+# Enough of a text to tell a model with an adapter from one without.
+PROBE_TOKENS = 32
 # A text of fewer characters may have no token at all, or one that the model does not know.
 SHORT_TEXT = 16
 # What results state of answers that are drawn.
@@ -42,10 +49,12 @@ class Checked:
     """What results have to state of the requests of a task.
 
     truncated: how many prompts lose tokens to the context window.
+    adapter: the directory of the user's own, if that is to answer.
     sampling: the arguments that answers are drawn with; None where they are greedy or only scored.
     """
 
     truncated: int = 0
+    adapter: str | None = None
     sampling: dict[str, Any] | None = None
 
 
@@ -55,23 +64,55 @@ class Answering(vllm_causallms.VLLM):
     Args:
         model_dir: a model directory in the hub's layout.
         engine: the arguments of lm-eval's `vllm` class besides `pretrained`, and those of vLLM's engine.
+        adapter: the user's own, which answers where `answer` is given none.
+
+    Raises:
+        ModelError: vLLM refuses the model or an argument, or serves this architecture without LoRA.
     """
 
-    def __init__(self, model_dir: Path, engine: Mapping[str, Any]) -> None:
+    def __init__(self, model_dir: Path, engine: Mapping[str, Any], adapter: UserAdapter | None = None) -> None:
         self.model_dir = model_dir
+        self.adapter = adapter
         # lm-eval's constructor starts an engine and waits for it; ours comes in its place, and nobody waits.
-        with patches.applied("lm_eval: engine of its vllm class", shared_engine):
-            super().__init__(pretrained=str(model_dir), **engine)
+        try:
+            with patches.applied("lm_eval: engine of its vllm class", shared_engine):
+                super().__init__(pretrained=str(model_dir), **engine)
+        except TTTError:
+            raise
+        except Exception as error:  # transformers' and lm-eval's, of many kinds
+            # lm-eval reads the configuration and then the tokenizer.
+            if "_config" not in vars(self) or "tokenizer" in vars(self):
+                raise ModelError(f"{model_dir} cannot be used as a model: {reason_of(error)}.") from error
+            raise ModelError(
+                f"the tokenizer of {engine.get('tokenizer') or model_dir} cannot be read: {reason_of(error)}; copy its "
+                "files again (tokenizer.json and tokenizer_config.json), or name another with tokenizer=."
+            ) from error
+        self.model.check_lora()
+        self._probed = False
 
     def answer(self, kind: str, requests: Sequence[Instance], adapter: LoRARequest | None) -> list[Any]:
-        """Answer `requests` with `adapter` (None: the base model), by lm-eval's method of the name `kind`.
+        """Answer `requests` with `adapter`, by lm-eval's method of the name `kind`.
+
+        None stands for the user's own adapter or, where there is none, the base model.
 
         Returns:
             The answers in the requests' order: texts for `generate_until`, (log-likelihood, is greedy) for
             `loglikelihood`, log-likelihoods for `loglikelihood_rolling`.
         """
-        self.lora_request = adapter
+        self.lora_request = self._own_adapter(requests) if adapter is None else adapter
         return getattr(self, kind)(list(requests), disable_tqdm=True)
+
+    def _own_adapter(self, requests: Sequence[Instance]) -> LoRARequest | None:
+        """How the engine is asked to answer with the user's own adapter; warns where that changes nothing."""
+        if self.adapter is None:
+            return None
+        request = self.model.adapter(self.adapter.name, self.adapter.path)
+        if requests and not self._probed:
+            self._probed = True
+            prompt = self.tok_encode("".join(arg for arg in requests[0].args if isinstance(arg, str)))
+            if not self.model.changes_output(request, prompt[:PROBE_TOKENS]):
+                _log.warning("The adapter in %s does not change the model's output.", self.adapter.path)
+        return request
 
     @staticmethod
     def modify_gen_kwargs(
@@ -121,7 +162,7 @@ class Answering(vllm_causallms.VLLM):
             DataError: a prompt is empty, or exceeds the context window together with its answer.
             ModelError: the tokenizer cannot be fitted with.
         """
-        task = str(requests[0].task_name)
+        task, own = str(requests[0].task_name), None if fitted or self.adapter is None else str(self.adapter.path)
         sampling, budgets = None, [1] * len(requests)  # to score a text, vLLM generates a token after it
         if kind == "generate_until":
             sampling, budgets = self._check_generation(task, requests)
@@ -130,7 +171,7 @@ class Answering(vllm_causallms.VLLM):
                 f"{task} scores given answers, which enable_thinking=true does not allow; leave it out for this task."
             )
         if kind == "loglikelihood_rolling":
-            return Checked()  # whole texts are cut into windows
+            return Checked(adapter=own)  # whole texts are cut into windows
         texts = ["".join(arg for arg in request.args if isinstance(arg, str)) for request in requests]
         if fitted:
             longest = max(texts, key=len)
@@ -144,7 +185,7 @@ class Answering(vllm_causallms.VLLM):
         over = [length + budget > self.max_length for length, budget in zip(lengths, budgets, strict=True)]
         if any(over) and not truncate:
             raise self._too_long(kind, task, lengths, budgets)
-        return Checked(truncated=sum(over), sampling=sampling)
+        return Checked(truncated=sum(over), adapter=own, sampling=sampling)
 
     def _check_generation(self, task: str, requests: Sequence[Instance]) -> tuple[dict[str, Any] | None, list[int]]:
         """Check each distinct set of generation arguments.
@@ -214,6 +255,40 @@ class Answering(vllm_causallms.VLLM):
 
     # Chats
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Select the template for all that is rendered from here on; lm-eval calls this for `--apply_chat_template`.
+
+        Args:
+            chat_template: its name; true for the model's default one, false for none.
+
+        Returns:
+            The template's text.
+
+        Raises:
+            ConfigError: the model has no template of that name, or none that is its default.
+        """
+        if chat_template is False or chat_template is None:
+            return None
+        there = self.tokenizer.chat_template
+        named = there if isinstance(there, dict) else {} if there is None else {"default": there}
+        if isinstance(chat_template, str):
+            if chat_template not in named:
+                raise ConfigError(self._no_template(f"named {quoted(chat_template)}", named))
+            self.hf_chat_template = named[chat_template]
+        elif self.hf_chat_template is None:
+            if "default" not in named:
+                raise ConfigError(self._no_template("that is its default", named))
+            self.hf_chat_template = named["default"]
+        return str(self.hf_chat_template)
+
+    def _no_template(self, which: str, named: Mapping[str, str]) -> str:
+        if not named:
+            return f"the tokenizer of {self.model_dir} has no chat template; leave out --apply_chat_template."
+        return (
+            f"the tokenizer of {self.model_dir} has no chat template {which}; use --apply_chat_template with one of "
+            f"{', '.join(sorted(named))}."
+        )
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As in lm-eval's class, but a system turn that the template cannot take is refused and not left out.
 
@@ -236,10 +311,8 @@ class Answering(vllm_causallms.VLLM):
             ConfigError: there is no template, or it takes no system turn.
             ModelError: the template fails.
         """
-        if not (self.hf_chat_template or self.tokenizer.chat_template):
-            raise ConfigError(
-                f"the tokenizer of {self.model_dir} has no chat template; leave out --apply_chat_template."
-            )
+        if self.hf_chat_template is None:
+            self.chat_template(True)
         system = [message["content"] for message in messages if message["role"] == "system"]
         try:
             text = str(

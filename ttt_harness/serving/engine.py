@@ -23,6 +23,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.models import ModelRegistry, supports_lora
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -92,6 +94,7 @@ class Engine:
             try:
                 arguments = EngineArgs(**self.engine_args)
                 self._config = arguments.create_engine_config(usage_context=UsageContext.LLM_CLASS)
+                get_model_loader(self._config.load_config)  # refuses formats, otherwise at the start only
             except Exception as error:
                 raise ModelError(f"vLLM refuses these model arguments: {reason_of(error)}.") from error
             finally:
@@ -100,6 +103,22 @@ class Engine:
                     del os.environ[name]
                 os.environ.update(before)
         return self._config
+
+    def check_lora(self) -> None:
+        """Check that vLLM has LoRA for the model's architecture, where the engine is to serve adapters.
+
+        Raises:
+            ModelError: it has not.
+        """
+        if self.config.lora_config is None:
+            return
+        model = self.config.model_config
+        kind, architecture = ModelRegistry.resolve_model_cls(model.architectures, model)
+        if not supports_lora(kind):
+            raise ModelError(
+                f"vLLM serves {architecture} without LoRA adapters; use a model of another architecture, or method=icl "
+                "without lora_local_path and enable_lora."
+            )
 
     @property
     def llm_engine(self) -> Any:

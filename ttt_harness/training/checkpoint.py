@@ -38,6 +38,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ModelError(f"{model_dir / 'config.json'} is not JSON ({error}); copy the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{model_dir / 'config.json'} holds no JSON object; copy the model again.")
     if not any(model_dir.glob("*.safetensors")):
         raise ModelError(
             f"pretrained={model_dir} has no *.safetensors file, and only those are read; "

@@ -88,7 +88,8 @@ class ModelShape:
         Raises:
             ModelError: the architecture, or a feature of it, is not supported.
         """
-        architecture = (config.get("architectures") or ["(none)"])[0]
+        named = config.get("architectures")
+        architecture = str(named[0]) if isinstance(named, list) and named else "(none)"
         if architecture not in FAMILIES:
             raise ModelError(
                 f"{where} has the architecture {architecture}, which is not supported for fitting; "
