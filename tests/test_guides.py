@@ -52,3 +52,10 @@ def test_files_that_are_named_exist(guide: str) -> None:
     )
     missing = [name for name in named if not any((folder / name).exists() for folder in (ROOT, ROOT / "ttt_harness"))]
     assert missing == []
+
+
+def test_the_guide_to_training_lists_every_family() -> None:
+    from ttt_harness.training.families import FAMILIES
+
+    text = (ROOT / "ttt_harness" / "training" / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\|[^|]+\| (\w+) \|", text, re.MULTILINE)) == sorted(FAMILIES)

@@ -1,8 +1,7 @@
-"""More than one GPU: who does what, on Ray's workers, and how long it will take.
+"""More than one GPU: the workers of a run in Ray's processes, on this machine or others. README.md is the guide.
 
-schedule.py       longest task first, and the questions of the last ones shared; used by the run and by the plan alike
+session.py        the Ray cluster of a run
 pool.py           the driver's side of a run on several workers
-worker.py         a worker: a base model and an engine of its own
-plan.py           the work of a grid in tokens, and its time on 1 to 64 GPUs
+worker.py         a worker in a process of Ray's, and the board that it reports to
 ray_in_slurm.sh   one Ray cluster on all nodes of a SLURM job
 """
