@@ -29,7 +29,15 @@ from ttt_harness.sweep.cells import (
 )
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.grid import Call, Cell
-from ttt_harness.sweep.lm_eval_call import load_tasks, make_model, no_bars, one_task_index, run_lm_eval, sentence
+from ttt_harness.sweep.lm_eval_call import (
+    evaluator_config,
+    load_tasks,
+    make_model,
+    no_bars,
+    one_task_index,
+    run_lm_eval,
+    sentence,
+)
 from ttt_harness.terminal import INTERRUPTED, complain
 
 Execute = Callable[[Call], None]
@@ -155,6 +163,8 @@ def _logged(path: Path) -> Iterator[None]:
 def _whole_call(cell: Cell, folder: Path, engine: Mapping[str, Any]) -> Call:
     """The cell's call with what only the run needs: where results go, and the arguments of the shared engine."""
     call = copy.deepcopy(cell.call)
+    if call.get("seed") is not None:  # of Python, numpy, torch and the demonstrations, which --seeds draws
+        call["seed"] = [*evaluator_config({**call, "output_path": str(folder)}).seed[:3], cell.seed]
     shared = engine if cell.lora_rank is not None else {}
     return {**call, "model_args": {**shared, **call["model_args"]}, "output_path": str(folder)}
 
