@@ -12,6 +12,7 @@ from ttt_harness.estimate.plan import cheapest, seconds_of, spread_cells, spread
 from ttt_harness.estimate.rates import Rates, measured_rates
 from ttt_harness.estimate.tokens import TokenCounts, count_tokens
 from ttt_harness.methods import SETTINGS
+from ttt_harness.sweep.axes import parse_points
 from ttt_harness.sweep.grid import cells_of
 
 RATES = Rates(fit=100.0, answer=1000.0, start=30.0, source="")
@@ -60,6 +61,53 @@ def test_methods_that_share_an_adapter_fit_it_once():
     assert {name for name, fit in found.items() if fit} == {
         *(("ttt", 42), ("ttt_loss_all", 42), ("ttt", 43), ("ttt_loss_all", 43))
     }
+
+
+class TestGrids:
+    """Of axes: each cell is counted, and each adapter fitted once."""
+
+    @staticmethod
+    def fits(methods: list[str], *grid: str) -> dict[str, float]:
+        call = {"tasks": ["t"], "model_args": {"pretrained": "m"}, "metadata": {}}
+        found = cells_of(methods, [42], call, parse_points(grid, None))
+        return {one.cell.setting: one.fit for one in fitted_once(cost_of(cell, TOKENS) for cell in found)}
+
+    def test_cells_that_no_axis_tells_apart_are_one(self):
+        assert self.fits(["icl", "ttt"], "lr=1e-4,1e-3", "epochs=1,3") == {
+            "icl": 0,
+            **{f"ttt, lr={lr}, epochs=1": 3 * 20_000 for lr in ("1e-4", "1e-3")},
+            **{f"ttt, lr={lr}, epochs=3": 3 * 60_000 for lr in ("1e-4", "1e-3")},
+        }
+
+    def test_votes_share_their_adapter_and_cost_answers(self):
+        assert self.fits(["ttt_vote"], "vote_permutations=3,5") == {
+            "ttt_vote, vote_permutations=3": 3 * 20_000,
+            "ttt_vote, vote_permutations=5": 0,
+        }
+
+    def test_permutations_are_the_sequences_of_a_fit(self):
+        assert self.fits(["ttt"], "num_permutations=10,20") == {
+            "ttt, num_permutations=10": 3 * 5000,
+            "ttt, num_permutations=20": 3 * 10_000,
+        }
+
+    def test_the_command_counts_the_cells_of_a_file_and_draws_k_demonstrations(self, tiny_model, tmp_path, capsys):
+        (tmp_path / "grid.yaml").write_text(
+            "methods: [icl, ttt]\nseeds: 42\ngrid: {k: [2, 4], lr: [1e-4, 1e-3]}\nlimit: 4\n"
+            f"tasks: procedural_ttt_boolean_expressions\nmodel_args: {{pretrained: {tiny_model}}}\n"
+        )
+        rates = ["--fit_rate", "1000", "--answer_rate", "1000"]
+        assert cli.main(["plan", "--config", str(tmp_path / "grid.yaml"), *rates]) == 0
+        both = capsys.readouterr().out.splitlines()[0]
+        assert both.startswith("6 cells of 1 task: ")
+        tokens = []
+        for k in (2, 4):
+            assert cli.main(["plan", "--config", str(tmp_path / "grid.yaml"), *rates, "--grid", f"k={k}"]) == 0
+            first = capsys.readouterr().out.splitlines()[0]
+            assert first.startswith("2 cells of 1 task: ")
+            tokens.append(float(first.split()[5]))
+        assert float(both.split()[5]) == pytest.approx(2 * sum(tokens), rel=0.01)
+        assert 1.2 < tokens[1] / tokens[0] < 2
 
 
 def test_one_worker_takes_the_sum_of_all_parts():

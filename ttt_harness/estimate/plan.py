@@ -215,9 +215,10 @@ def _gpus_per_worker(model_args: Mapping[str, Any]) -> int:
 
 def _print(cells: Sequence[CellCost], rates: Rates, each: int, deadline: float | None) -> None:
     fits, answers = sum(one.fit for one in cells), sum(one.answers for one in cells)
+    tasks = len(cells[0].tasks)
     print(
-        f"{len(cells)} cell{'s' * (len(cells) > 1)} of {len(cells[0].tasks)} tasks: {fits / 1e6:.4g} M tokens to fit, "
-        f"{answers / 1e6:.4g} M to answer."
+        f"{len(cells)} cell{'s' * (len(cells) > 1)} of {tasks} task{'s' * (tasks > 1)}: "
+        f"{fits / 1e6:.4g} M tokens to fit, {answers / 1e6:.4g} M to answer."
     )
     print(
         f"One worker ({each} GPU{'s' * (each > 1)}): {rates.fit:.0f} tokens/s to fit, {rates.answer:.0f} to answer, "
