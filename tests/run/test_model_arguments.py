@@ -451,7 +451,7 @@ def test_the_hub_is_asked_for_what_is_named(monkeypatch, tiny_model):
     assert "revision" not in arguments.engine  # model_dir is that revision
 
 
-@pytest.mark.parametrize("device", [None, "cpu", "cpu:0"])
+@pytest.mark.parametrize("device", [None, "cpu", "cpu:0", "cuda:0"])
 def test_this_machines_device_may_be_named(parse, device):
     assert "device" not in parse(device=device).engine
 

@@ -409,7 +409,8 @@ def _batch_size(given: Any) -> int | str:
 def _check_device(given: Any) -> None:
     """Refuse a device that is not the one which fits and answers go to."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    if given not in (None, here, f"{here}:0"):
+    # lm-eval's command line passes its default, cuda:0, on every machine.
+    if given not in (None, "cuda:0", here, f"{here}:0"):
         raise ConfigError(
             f"device={quoted(given)} is not allowed: fits and answers go to {here} here; leave it out (GPUs are chosen "
             "with CUDA_VISIBLE_DEVICES)."
