@@ -125,7 +125,7 @@ def _add_report(subparsers: Subparsers) -> None:
     what = "results files of lm-eval, or folders with any number; NAME=DIR gives their runs a name"
     parser.add_argument("paths", metavar="DIR", nargs="+", help=what)
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
-    parser.add_argument("--base", metavar="PATH", help="the run to hold the others against (default: oldest untrained)")
+    parser.add_argument("--base", metavar="PATH", help="the run to compare the others with (default: oldest untrained)")
     parser.add_argument("--title", help="heading of the page")
     parser.add_argument("--metric", metavar="NAME[,FILTER]", help="show this metric (default: each task's first one)")
     parser.add_argument("--reference", choices=("published",), help="put the published Llama-3.1-8B figures beside")
@@ -269,13 +269,18 @@ def _add_summary(subparsers: Subparsers) -> None:
 
 
 def _summary(args: argparse.Namespace) -> int:
-    from ttt_harness.report import summary
+    from ttt_harness.report import summary_tables
+    from ttt_harness.report.summary import read
 
-    found = summary.read(args.paths)
+    found = read(args.paths)
     if args.format == "table":
-        summary.print_summary(found)
+        summary_tables.print_summary(found)
     else:
-        writers = {"markdown": summary.as_markdown, "csv": summary.as_csv, "json": summary.as_json}
+        writers = {
+            "markdown": summary_tables.as_markdown,
+            "csv": summary_tables.as_csv,
+            "json": summary_tables.as_json,
+        }
         sys.stdout.write(writers[args.format](found))
         if args.format == "csv":
             for remark in found.remarks:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,10 @@ from tests.report.runs import ttt, write_run
 from ttt_harness import cli
 from ttt_harness.errors import ReportError
 from ttt_harness.methods import SETTINGS
-from ttt_harness.report import published
+from ttt_harness.report import published, summary
 from ttt_harness.report.results import read_run
-from ttt_harness.report.summary import COLUMNS, read, tables
+from ttt_harness.report.summary import read
+from ttt_harness.report.summary_tables import COLUMNS, tables
 
 TASKS = ["bbh_ttt_snarks", "bbh_ttt_word_sorting"]
 
@@ -112,10 +114,10 @@ def test_published_figures_stand_beside(three_seeds, tmp_path):
     write(tmp_path / "loo", 5, metadata={"leave_one_out": True})
     found = read([three_seeds])
     data = published.published_results()
-    assert found.line("ttt", "bbh_ttt").published == data["average"]["ttt"] / 100
-    assert found.line("ttt", "bbh_ttt_snarks").published == data["per_task"]["ttt"]["snarks"] / 100
-    assert found.line("random", "bbh_ttt_snarks").published == 0.5
-    assert found.line("ttt_leave_one_out", "bbh_ttt_snarks").published is None
+    assert found.line("ttt", "bbh_ttt").beside.mean == data["average"]["ttt"] / 100
+    assert found.line("ttt", "bbh_ttt_snarks").beside.mean == data["per_task"]["ttt"]["snarks"] / 100
+    assert found.line("random", "bbh_ttt_snarks").beside.mean == 0.5
+    assert found.line("ttt_leave_one_out", "bbh_ttt_snarks").beside is None
 
 
 def test_every_published_method_has_figures():
@@ -142,7 +144,7 @@ def test_tasks_without_a_group_get_their_plain_mean(tmp_path):
 
 def test_methods_stand_in_the_order_of_the_study(three_seeds, tmp_path):
     write(tmp_path / "a", 5, method="icl")
-    assert read([three_seeds]).methods == ["random", "icl", "ttt"]
+    assert read([three_seeds]).labels == ["random", "icl", "ttt"]
 
 
 def test_of_two_runs_alike_the_newer_counts(tmp_path):
@@ -154,9 +156,10 @@ def test_of_two_runs_alike_the_newer_counts(tmp_path):
 
 
 def test_what_differs_between_the_seeds_is_said(tmp_path):
-    write(tmp_path / "a", 5, seed=42)
-    write(tmp_path / "b", 5, seed=43, lr=1e-3)
-    assert "ttt: the seeds differ in lr (0.0001, 0.001)." in read([tmp_path]).remarks
+    for seed in (42, 43):
+        path = write(tmp_path / f"{seed}", 5, seed=seed)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template_sha": f"sha{seed}"}))
+    assert "ttt: the seeds differ in chat_template_sha (sha42, sha43)." in read([tmp_path]).remarks
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,6 @@ def test_what_differs_between_the_seeds_is_said(tmp_path):
         ({"limit": 40.0}, {"method": "icl"}, "the runs differ in limit (40, not given)"),
         ({}, {"model": "Llama", "method": "icl"}, "the runs differ in model (SmolLM2-135M-Instruct, Llama)"),
         ({}, {"tasks": TASKS[:1], "seed": 43}, "the runs of ttt differ in tasks (bbh_ttt_snarks and 1 more, bbh_ttt"),
-        ({}, {"lr": 1e-3, "metadata": {"k": 5}}, "the runs of ttt, seed 42, differ in lr (0.0001, 0.001), k (10, 5)"),
     ],
 )
 def test_several_sweeps_are_refused(capsys, tmp_path, first, second, said):
@@ -188,7 +190,7 @@ def test_methods_with_different_seeds_are_said(three_seeds):
 def test_what_a_sweep_is_still_writing_is_left_out(three_seeds):
     path = write(three_seeds / "icl/seed42.partial", 5, method="icl")
     path.write_text(path.read_text()[:100])
-    assert read([three_seeds]).methods == ["random", "ttt"]
+    assert read([three_seeds]).labels == ["random", "ttt"]
 
 
 def test_csv_and_json_hold_the_same(capsys, three_seeds):
@@ -207,9 +209,9 @@ def test_csv_and_json_hold_the_same(capsys, three_seeds):
 def test_markdown(capsys, three_seeds):
     _, text, _ = call(capsys, three_seeds, "--format", "markdown")
     lines = text.splitlines()
-    assert lines[0] == "| bbh\\_ttt | mean | sd | seeds | published | exact |"
-    assert "| ttt | 70.0 | 26.5 | 3 | 57.8 | – |" in lines
-    assert "| snarks | 33.3 ±15.3 (50.0) | 50.0 | 70.0 ±26.5 (77.6) |" in lines
+    assert lines[0] == "| bbh\\_ttt | mean | sd | median | seeds | published | its median | redrawn | exact |"
+    assert "| ttt | 70.0 | 26.5 | 70.0 | 3 | 57.8 ±0.5 | 67.0 | \\[56.8, 58.7] above | – |" in lines
+    assert "| snarks | 33.3 ±15.3 (50.0) | 50.0 | 70.0 ±26.5 (77.6 ±4.1) |" in lines
     assert any(line.startswith("- Published: ") for line in lines)
 
 
@@ -222,7 +224,7 @@ def test_table_fits_the_terminal(capsys, monkeypatch, three_seeds, width):
     assert status == 0
     assert max(map(len, text.splitlines())) <= width
     assert text.count("word_sorting") == {60: 3, 80: 2, 200: 1}[width]
-    for cell in ("70.0 ±26.5 (77.6)", "random, exact", "ttt_no_shuffle"):
+    for cell in ("70.0 ±26.5 (77.6 ±4.1)", "random, exact", "ttt_no_shuffle"):
         assert cell in text
 
 
@@ -240,3 +242,8 @@ def test_a_folder_without_results(capsys, tmp_path):
     assert err.count("\n") == 1
     with pytest.raises(ReportError):
         read([tmp_path / "nowhere"])
+
+
+def test_csv_columns_are_documented():
+    text = (Path(summary.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    assert [name for name in COLUMNS if f"`{name}`" not in text] == []

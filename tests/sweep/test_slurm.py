@@ -137,7 +137,7 @@ class TestStatus:
             "1 done, 2 not started",
         ]
         assert [run.path.name for run in find_runs(out)] == ["results_x.json"]
-        assert summary.read([out]).methods == ["run"]
+        assert summary.read([out]).labels == ["run"]
         (out / GRID_FILE).write_text("[[")  # as of a full disk
         assert len(self.shown(capsys, out)) == 2
 

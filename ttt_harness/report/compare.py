@@ -1,4 +1,4 @@
-"""One run against others: what changed, by how much, and whether the two may be compared at all.
+"""One run compared with others: what changed, by how much, and whether the two may be compared at all.
 
 `compare_runs(base, others)` gives a `Comparison`: a row per task and per group with both scores, their difference with
 its interval and p-value, and the questions won and lost. Where both runs kept their samples the questions are paired
@@ -34,12 +34,12 @@ Reader = Callable[[Run, str, str], list[Sample]]  # (run, task, filter) -> the s
 
 @dataclass(frozen=True)
 class Row:
-    """One task, or one mean over tasks, of one run against the base.
+    """One task, or one mean over tasks, of one run compared with the base.
 
     level: "task"; "group" for a group of lm-eval; "mean" for the plain mean over the shared tasks.
     n: questions compared (None when unknown); won, lost: questions on which other, or base, scored better (None
     without samples). p_holm: p corrected for the number of tasks in this comparison, None for groups.
-    published_base, published_other: published scores beside (None when there are none).
+    published_base, published_other: published figures beside (None when there are none).
     """
 
     name: str
@@ -52,8 +52,8 @@ class Row:
     won: int | None = None
     lost: int | None = None
     p_holm: float | None = None
-    published_base: float | None = None
-    published_other: float | None = None
+    published_base: published.Figure | None = None
+    published_other: published.Figure | None = None
 
     @property
     def is_share(self) -> bool:
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Against:
-    """One run against the base: its rows (groups first, then tasks in file order), and what to know about them."""
+    """One run compared with the base: its rows (groups first, then tasks in file order), and what to know about them."""
 
     label: str
     run: Run
@@ -451,15 +451,15 @@ def _refuse_same_runs(runs: Sequence[Run]) -> None:
 
 
 def _with_published(rows: Sequence[Row], base: Run, other: Run) -> list[Row]:
-    one, two = published.published_for(base), published.published_for(other)
-    return [
-        replace(
-            row,
-            published_base=one.score(row.name) if one else None,
-            published_other=two.score(row.name) if two else None,
-        )
-        for row in rows
-    ]
+    tasks = [row.name for row in rows if row.level == "task"]
+
+    def beside(run: Run, row: Row) -> published.Figure | None:
+        found = published.published_for(run)
+        if found is None:
+            return None
+        return found.mean_of(tasks) if row.level == "mean" else found.figure(row.name)
+
+    return [replace(row, published_base=beside(base, row), published_other=beside(other, row)) for row in rows]
 
 
 def _reference(runs: Sequence[Run], labels: Sequence[str]) -> Reference:

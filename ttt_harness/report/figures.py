@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt_harness.report.compare import Comparison, Row, choose_metric, distinct_labels
+from ttt_harness.report.published import Figure
 from ttt_harness.report.results import Metric, Run, same_run
 from ttt_harness.report.statistics import score_interval
 
@@ -54,8 +55,8 @@ class Line:
     won: int | None = None
     lost: int | None = None
     seeds: int = 1
-    published_base: float | None = None
-    published_other: float | None = None
+    published_base: Figure | None = None
+    published_other: Figure | None = None
 
     @property
     def better(self) -> bool | None:
@@ -101,7 +102,7 @@ def group_by_seed(runs: Sequence[Run], base: Run, names: Mapping[Run, str]) -> t
 
 
 def lines(by_seed: Mapping[Any, Comparison]) -> list[Line]:
-    """The rows of one method against the base, over its seeds."""
+    """The rows of one method compared with the base, over its seeds."""
     found: dict[str, list[Row]] = defaultdict(list)
     for comparison in by_seed.values():
         for row in comparison.others[0].rows:
@@ -301,8 +302,7 @@ def settings_table(methods: Sequence[Method]) -> list[tuple[str, list[str], bool
             "demonstrations in the prompt": ", ".join(shots) or None,
             "vote_permutations": ", ".join(votes) or None,
             "generation_budget": ", ".join(budgets) or None,
-            "limit": run.config.get("limit"),
-            "device": run.config.get("device"),
+            "limit": run.limit,
         }
         return {**about, **{k: v for k, v in run.settings.items() if k not in ("k", "seed", "vote_permutations")}}
 

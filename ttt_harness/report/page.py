@@ -34,7 +34,7 @@ def build_page(
     """The page's HTML.
 
     names: what to call runs, in place of their methods; runs that have other names are not one method.
-    base: the run that the others are held against; by default the oldest that trained nothing. title: its heading.
+    base: the run that the others are compared with; by default the oldest that trained nothing. title: its heading.
     metric, reference: as in `compare_runs`. Runs that cannot be compared with the base are shown without comparison,
     and a remark says why. Raises ReportError when there is no run, or a results or samples file is damaged.
     """
@@ -131,7 +131,7 @@ def _plain(line: Line, prefix: str) -> dict[str, Any]:
         "won": line.won,
         "lost": line.lost,
         "seeds": line.seeds,
-        "pub": [line.published_base, line.published_other],
+        "pub": [figure and round(figure.mean, 6) for figure in (line.published_base, line.published_other)],
     }
 
 

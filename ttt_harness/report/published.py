@@ -1,11 +1,12 @@
 """The published accuracies of test-time training on BIG-Bench Hard, and which of them stands beside a run.
 
-published_results.json is a copy of the project's reference file; its source is named in it and in every table that
-quotes it.
+published_results.json and published_seeds.json are copies of the project's reference files; their source is named in
+them and in every table that quotes them.
 """
 
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,6 +14,7 @@ from typing import Any
 
 from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import Run
+from ttt_harness.report.statistics import prediction_interval
 
 TASK_PREFIX = "bbh_ttt_"
 GROUP = "bbh_ttt"
@@ -20,15 +22,50 @@ _SHORT_SOURCE = "Akyürek et al., arXiv 2411.07279; figures from adamzweiger/Few
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A published accuracy from 0 to 1: the mean over the seeds, and each seed's own where the source has them."""
+
+    mean: float
+    by_seed: tuple[float, ...] = ()
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation over the seeds (n - 1)."""
+        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
+
+    def redrawn(self, seeds: int) -> tuple[float, float] | None:
+        """Where the mean of another draw of so many seeds lies in 95 % of all cases; None without the seeds' own."""
+        if self.sd is None:
+            return None
+        low, high = prediction_interval(self.mean, self.sd, len(self.by_seed), seeds)
+        return max(0.0, low), min(1.0, high)
+
+
+@dataclass(frozen=True)
 class Published:
-    """One method's published figures: `method` names it as the source does; scores are accuracies from 0 to 1."""
+    """One method's published figures: `method` names it as the source does; `figures` by task (`bbh_ttt_<name>`)."""
 
     method: str
-    scores: dict[str, float]
+    figures: dict[str, Figure]
+    average: Figure
 
-    def score(self, name: str) -> float | None:
-        """The published accuracy of a task (`bbh_ttt_<name>`) or of the group `bbh_ttt`; None where there is none."""
-        return self.scores.get(name)
+    def figure(self, name: str) -> Figure | None:
+        """The published accuracy of a task, or of the group `bbh_ttt`; None where there is none."""
+        return self.average if name == GROUP else self.figures.get(name)
+
+    def mean_of(self, tasks: Iterable[str]) -> Figure | None:
+        """The plain mean over tasks; None where one of them has no figure."""
+        found = [self.figures.get(task) for task in tasks]
+        known = [figure for figure in found if figure]
+        if not known or len(known) < len(found):
+            return None
+        by_seed = zip(*(figure.by_seed for figure in known), strict=True)
+        return Figure(statistics.fmean(f.mean for f in known), tuple(map(statistics.fmean, by_seed)))
+
+    def median_of(self, tasks: Iterable[str]) -> float | None:
+        """The median over tasks of their means; None where one of them has no figure."""
+        found = [self.figures.get(task) for task in tasks]
+        return statistics.median(figure.mean for figure in found if figure) if found and all(found) else None
 
 
 def published_for(run: Run) -> Published | None:
@@ -42,8 +79,25 @@ def published_setting(name: str | None) -> Published | None:
     method, data = SETTINGS[name].published if name in SETTINGS else None, published_results()
     if method is None or method not in data["per_task"]:
         return None
-    scores = {TASK_PREFIX + task: percent / 100 for task, percent in data["per_task"][method].items()}
-    return Published(method, {GROUP: data["average"][method] / 100, **scores})
+    by_seed = published_seeds()["per_seed"].get(method, [])
+
+    def figure(percent: float, of_seeds: Iterable[float]) -> Figure:
+        return Figure(percent / 100, tuple(one / 100 for one in of_seeds))
+
+    return Published(
+        method,
+        {
+            TASK_PREFIX + task: figure(percent, [of_seed[task] for of_seed in by_seed])
+            for task, percent in data["per_task"][method].items()
+        },
+        figure(data["average"][method], [statistics.fmean(of_seed.values()) for of_seed in by_seed]),
+    )
+
+
+def place(value: float, interval: tuple[float, float]) -> str:
+    """Where a value lies: "within", "below" or "above" the interval."""
+    low, high = interval
+    return "below" if value < low else "above" if value > high else "within"
 
 
 def covers(runs: Sequence[Run]) -> bool:
@@ -105,6 +159,15 @@ def _changed_settings(run: Run, method: str) -> list[str]:
 @cache
 def published_results() -> dict[str, Any]:
     """The published figures and hyperparameters, as in the source: percent, by method and task."""
-    text = files("ttt_harness.report").joinpath("published_results.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
-    return data
+    return _read("published_results.json")
+
+
+@cache
+def published_seeds() -> dict[str, Any]:
+    """The published figures of each seed, as in the source: percent, by method, seed (in their order) and task."""
+    return _read("published_seeds.json")
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(files("ttt_harness.report").joinpath(name).read_text(encoding="utf-8"))
+    return content

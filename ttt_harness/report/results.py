@@ -189,6 +189,11 @@ class Run:
         found = next((seed for task in self.tasks if (seed := self.metadata(task, "seed")) is not None), None)
         return found if found is None or _number(found) is not None else str(found)
 
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        """The seeds whose mean the run stands for."""
+        return (self.seed,)
+
     @cached_property
     def setup(self) -> dict[str, Any]:
         """What the run was asked for, by name: runs differ in the seed alone where this is the same.

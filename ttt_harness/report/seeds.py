@@ -7,9 +7,8 @@ for each question the tests of compare.py hold as they are.
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ class SeedsRun(Run):
     runs: tuple[Run, ...] = ()
     _kept: dict[tuple[str, str], list[Sample]] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def seeds(self) -> str:
-        """The seeds in rising order, "42, 43"."""
-        return ", ".join(str(run.seed) for run in self.runs)
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        """Those of the runs, in rising order."""
+        return tuple(run.seed for run in self.runs)
 
     def metadata(self, task: str, key: str) -> Any:
         """As of one run; all seeds for `seed`."""
-        return self.seeds if key == "seed" else super().metadata(task, key)
+        return ", ".join(map(str, self.seeds)) if key == "seed" else super().metadata(task, key)
 
     def metrics(self, name: str) -> list[Metric]:
         """Those that all runs have."""
@@ -81,13 +80,21 @@ def find_compared(given: str | Path) -> tuple[Run, list[str]]:
     by_seed = {run.seed: run for run in found}  # the newest of each seed
     if len(by_seed) < 2 or any(run.setup != newest.setup for run in found):
         return find_run(given)
+    run = as_one(by_seed, Path(given))
+    seeds = ", ".join(map(str, run.seeds))
+    return run, [*remarks, f"{given} holds the seeds {seeds}: each question's mean over them is compared."]
+
+
+def as_one(by_seed: Mapping[Any, Run], path: Path) -> Run:
+    """Runs that differ in the seed alone as one, which is called `path`; the run itself where there is one seed."""
     runs = tuple(by_seed[seed] for seed in sorted(by_seed, key=str))
     last = runs[-1]
+    if len(runs) == 1:
+        return last
     results = {task: last.results[task] for task in last.tasks}
     hashes = {task: [run.task_hash(task) for run in runs] for task in last.tasks}
     raw = {**last.raw, "results": results, "group_subtasks": {}, "task_hashes": hashes}
-    run = SeedsRun(Path(given), raw, {}, runs=runs)
-    return run, [*remarks, f"{given} holds the seeds {run.seeds}: each question's mean over them is compared."]
+    return SeedsRun(path, raw, {}, runs=runs)
 
 
 def _mean(number: int, by_seed: dict[Any, Sample]) -> Sample:

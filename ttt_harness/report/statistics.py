@@ -214,6 +214,17 @@ def score_interval(score: float, n: int | None, stderr: float | None, *, accurac
     return score - reach, score + reach
 
 
+def prediction_interval(mean: float, sd: float, n: int, m: int) -> tuple[float, float]:
+    """Where the mean of m further draws lies in 95 % of all cases, given the mean and sd (n - 1) of n draws, n > 1.
+
+    mean ± t(n - 1; 0.975) · sd · sqrt(1/n + 1/m), for independent draws from one normal distribution: the n draws tell
+    its mean with an error of sd/sqrt(n), around which the m draws' own mean scatters by sd/sqrt(m). Meeker, Hahn and
+    Escobar, Statistical Intervals, 2nd ed. (2017), chapter 4.
+    """
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd * math.sqrt(1 / n + 1 / m)
+    return mean - reach, mean + reach
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number: among k tasks without any real change, one looks real in 5 % of all cases.
 

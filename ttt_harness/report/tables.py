@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from ttt_harness.report.compare import Against, Comparison, Row, task_prefix
+from ttt_harness.report.published import Figure, place
+from ttt_harness.report.results import Run
 from ttt_harness.report.statistics import RESAMPLES
 from ttt_harness.terminal import cell, console, shortened, visible, visible_json
 
@@ -37,6 +39,12 @@ COLUMNS = (
     "test",  # mcnemar_exact | bootstrap_paired | bootstrap_within_tasks | z_unpaired | none
     "base_published",  # published score beside the base run; empty without --reference
     "other_published",
+    "base_published_sd",  # its standard deviation over the published seeds
+    "other_published_sd",
+    "base_redrawn_low",  # 95 % prediction interval for the mean of as many other seeds as the base run has
+    "base_redrawn_high",
+    "other_redrawn_low",
+    "other_redrawn_high",
 )
 
 _TESTS = {
@@ -57,10 +65,21 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
                 *(row.name, row.level, row.metric.name, row.metric.filter, row.base.higher_is_better),
                 *(comparison.base_label, against.label, row.n, row.base.value, row.other.value),
                 *(d.value, d.low, d.high, d.p, row.p_holm, row.won, row.lost, d.test),
-                *(row.published_base, row.published_other),
+                *_published(row.published_base, row.published_other, comparison.base, against.run),
             )
             found.append(dict(zip(COLUMNS, values, strict=True)))
     return found
+
+
+def _published(base: Figure | None, other: Figure | None, base_run: Run, other_run: Run) -> list[float | None]:
+    """The columns from `base_published` on."""
+    sides = ((base, base_run), (other, other_run))
+    redrawn = [(figure.redrawn(len(run.seeds)) if figure else None) or (None, None) for figure, run in sides]
+    return [
+        *(figure.mean if figure else None for figure, _ in sides),
+        *(figure.sd if figure else None for figure, _ in sides),
+        *(end for interval in redrawn for end in interval),
+    ]
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -181,6 +200,7 @@ def notes(comparison: Comparison, against: Against) -> list[str]:
     if comparison.reference:
         reference = comparison.reference
         found.append(f"Published: {reference.source}.")
+        found += _redrawn(comparison, against)
         found.append(f"Here instead: {reference.differs}.")
     return [visible(note) for note in found]
 
@@ -189,6 +209,32 @@ def _score(row: Row, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f}" if row.is_share else f"{value:.4g}"
+
+
+def _figure(row: Row, figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    return _score(row, figure.mean) + (f" ±{_score(row, figure.sd)}" if figure.sd is not None else "")
+
+
+def _redrawn(comparison: Comparison, against: Against) -> list[str]:
+    """For the first row, whether each run lies where other seeds of its published method would."""
+    row, found = against.rows[0], []
+    sides = (
+        (comparison.base_label, comparison.base, row.base, row.published_base),
+        (against.label, against.run, row.other, row.published_other),
+    )
+    for label, run, score, figure in sides:
+        seeds = len(run.seeds)
+        interval = figure and figure.redrawn(seeds)
+        if figure and interval:
+            low, high = interval
+            what = "another seed" if seeds == 1 else f"the mean of {seeds} other seeds"
+            found.append(
+                f"{label}, {row.name}: {_score(row, score.value)} is {place(score.value, interval)} the 95 % "
+                f"prediction interval for {what} of the published runs, {_score(row, low)} to {_score(row, high)}."
+            )
+    return found
 
 
 def _signed(row: Row, value: float | None) -> str:
@@ -238,7 +284,7 @@ def _raw_cells(comparison: Comparison, against: Against) -> tuple[list[str], lis
         cells += ["–" if x is None else str(x) for x in (row.won, row.lost)] if paired else []
         cells += ["–" if row.n is None else str(row.n)]
         if reference:
-            cells += [_score(row, row.published_base), _score(row, row.published_other)]
+            cells += [_figure(row, row.published_base), _figure(row, row.published_other)]
         table.append(cells)
     return header, table
 
