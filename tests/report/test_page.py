@@ -486,6 +486,96 @@ def test_hostile_answers_are_text(show, tmp_path):
     assert page.title() == HOSTILE[1]
 
 
+def write_grid(folder, axes, seeds=(42, 43), **options):
+    """In-context runs, and runs of `ttt` at each point of a grid; the score rises with the place on the axes."""
+    write_runs(folder, (), seeds, **options)
+    points = [{}]
+    for axis, values in axes.items():
+        points = [{**point, axis: value} for point in points for value in values]
+    for p, point in enumerate(points):
+        for seed in seeds:
+            share = 0.3 + 0.6 * p / len(points)
+            scores = {task: bits(n, 7 * seed + t, share) for t, (task, n) in enumerate(TASKS.items())}
+            fits = ttt(list(TASKS), seed=seed, **point)
+            facts = {"group": "bbh_ttt", "prompt": prompt, "metadata": {"seed": seed}, **options}
+            write_run(folder / "ttt" / str(p), scores, source="ttt_vllm", ttt=fits, **facts)
+
+
+def test_a_sweep_over_one_axis_is_a_line_with_intervals(show, tmp_path):
+    write_grid(tmp_path, {"lr": [3e-4, 1e-4, 1e-3]})
+    page = show(build_page(find_runs(tmp_path)))
+    assert page.locator("#sweeps svg.plot circle").count() == 3
+    assert page.locator("#sweeps svg.plot .best circle").count() == 1
+    assert page.locator("#sweeps svg.plot .interval").count() == 9
+    assert "lr=0.001 has the best bbh_ttt of 3 settings" in page.locator(".verdict").inner_text()
+    labels = [page.locator("#sweeps svg.plot g").nth(i).locator("text").last.text_content() for i in range(3)]
+    assert labels == ["0.0001", "0.0003", "0.001"]
+    heights = [float(page.locator("#sweeps circle").nth(i).get_attribute("cy")) for i in range(3)]
+    assert heights[2] < min(heights[:2])  # the best one is highest
+    page.locator("#sweeps summary").click()
+    assert page.locator("#sweeps tbody tr").count() == 3
+    assert page.locator("#sweeps tbody tr", has_text="best").count() == 1
+
+
+def test_a_sweep_over_two_axes_is_a_heat_map(show, tmp_path):
+    write_grid(tmp_path, {"lr": [1e-4, 3e-4], "epochs": [1, 2, 3]})
+    page = show(build_page(find_runs(tmp_path)))
+    cells = page.locator("#sweeps svg.heat g")
+    assert cells.count() == 6
+    shades = [float(cells.nth(i).locator("rect").get_attribute("fill-opacity")) for i in range(6)]
+    scores = [float(cells.nth(i).locator(".score").inner_html().split()[0]) for i in range(6)]
+    assert shades.index(max(shades)) == scores.index(max(scores))
+    assert shades.index(min(shades)) == scores.index(min(scores))
+    assert page.locator("#sweeps svg.heat .best .score", has_text="best").count() == 1
+
+
+def test_a_sweep_over_three_axes_is_a_table(show, tmp_path):
+    write_grid(tmp_path, {"lr": [1e-4, 3e-4], "epochs": [1, 2], "lora_rank": [8, 16]}, seeds=(42,))
+    page = show(build_page(find_runs(tmp_path)))
+    assert page.locator("#sweeps svg").count() == 0
+    assert page.locator("#sweeps tbody tr:visible").count() == 8
+
+
+def test_one_setting_has_no_section_of_settings_tried(report):
+    assert "Settings tried" not in report
+
+
+def test_hostile_settings_are_text(show, tmp_path):
+    write_grid(tmp_path, {"lr": HOSTILE[:4], "<img src=x onerror='window.hacked = true'>": [1, 2]}, seeds=(42,))
+    page = show(build_page(find_runs(tmp_path)))
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#sweeps svg.heat g").count() == 8
+
+
+def test_the_four_cards_are_those_that_gain_most(show, tmp_path):
+    write_grid(tmp_path, {"lr": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]})
+    page = show(build_page(find_runs(tmp_path)))
+    assert page.locator(".card").count() == 4
+    assert "lr=0.003" in page.locator(".card h3").last.inner_text()
+    assert not any("lr=1e-05" in text for text in page.locator(".card h3").all_inner_texts())
+
+
+def test_settings_show_what_ran(tmp_path):
+    """lm-eval writes its default device into every file; `ttt_vllm` states the one that it ran on."""
+    change = {"config": {"model": "ttt_vllm", "device": "cuda:0", "ttt": ttt(["t"], device="cpu")}}
+    page = build_page([read_run(write_run(tmp_path, {"t": [1.0]}, source="ttt_vllm", change=change))])
+    settings = page[page.index('<section id="settings"') :]
+    assert "cuda:0" not in settings
+    assert re.search(r"device</th>\s*<td>cpu</td>", settings)
+    without = {"config": {"model": "hf", "device": "cuda:0"}}
+    page = build_page([read_run(write_run(tmp_path, {"t": [1.0]}, source="hf", change=without))])
+    assert "cuda:0" not in page[page.index('<section id="settings"') :]
+
+
+def test_answers_are_texts_and_no_lists(tmp_path):
+    path = write_run(tmp_path, {"t": [1.0]})
+    samples = next(path.parent.glob("samples_*"))
+    line = json.loads(samples.read_text())
+    samples.write_text(json.dumps({**line, "filtered_resps": [["true"]], "target": ["true"]}) + "\n")
+    (sample,) = read_run(path).samples("t", "answer")
+    assert (sample.answer, sample.target) == ("true", "true")
+
+
 def test_phone_has_no_sideways_scroll(show, report):
     for width in (320, 380):
         page = show(report, viewport={"width": width, "height": 800}, has_touch=True)

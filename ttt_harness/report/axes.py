@@ -16,7 +16,7 @@ from typing import Any
 from scipy import stats
 
 from ttt_harness.errors import ReportError
-from ttt_harness.report.compare import MEAN_ROW, KeptSamples, compare_runs
+from ttt_harness.report.compare import MEAN_ROW, KeptSamples, choose_metric, compare_runs
 from ttt_harness.report.results import Metric, Run
 from ttt_harness.report.seeds import as_one
 from ttt_harness.report.statistics import CONFIDENCE, Difference, compare_unpaired, holm
@@ -82,6 +82,10 @@ class Sweep:
         """The different values on an axis, in order."""
         return _distinct(point.settings.get(axis) for point in self.points)
 
+    def rival(self, point: Point) -> Rival | None:
+        """The point beside the best one; None for the best one itself."""
+        return next((rival for rival in self.rivals if rival.point is point), None)
+
     @property
     def verdict(self) -> str:
         """Which setting is best, and whether it leads by more than chance would give."""
@@ -124,13 +128,17 @@ def value_text(value: Any) -> str:
 
 
 def sweep_of(
-    method: str, axes: Sequence[str], points: Sequence[tuple[Mapping[str, Any], Mapping[Any, Run]]]
+    method: str,
+    axes: Sequence[str],
+    points: Sequence[tuple[Mapping[str, Any], Mapping[Any, Run]]],
+    wanted: str | None = None,
 ) -> Sweep | None:
     """The sweep of a method, by its first group, or the mean of its tasks where they are in none.
 
-    points: settings, and the runs by seed. None where fewer than two points have a score.
+    points: settings, and the runs by seed. wanted: a metric, as in `choose_metric`. None where fewer than two points
+    have a score.
     """
-    name, metric, tasks = _scored(points)
+    name, metric, tasks = _scored(points, wanted)
     if metric is None:
         return None
     found: list[tuple[Point, float | None, Run]] = []
@@ -163,19 +171,19 @@ def sweep_of(
 
 
 def _scored(
-    points: Sequence[tuple[Mapping[str, Any], Mapping[Any, Run]]],
+    points: Sequence[tuple[Mapping[str, Any], Mapping[Any, Run]]], wanted: str | None
 ) -> tuple[str, Metric | None, list[str]]:
     """What the points are compared by: the name, the metric, and the tasks below; no metric where there is none."""
     runs = [run for _, by_seed in points for run in by_seed.values()]
     first = runs[0]
     for group, below in first.groups.items():
-        if metric := next(iter(first.metrics(group)), None):
+        if group in first.results and (metric := choose_metric(first, first, group, wanted)):
             return group, metric, below
-    tasks = [task for task in first.tasks if first.metrics(task)]
-    metrics = {first.metrics(task)[0] for task in tasks}
-    if len(metrics) != 1:
+    chosen = {task: metric for task in first.tasks if (metric := choose_metric(first, first, task, wanted))}
+    if len(set(chosen.values())) != 1:
         return "", None, []
-    return tasks[0] if len(tasks) == 1 else MEAN_ROW, metrics.pop(), tasks
+    tasks = list(chosen)
+    return tasks[0] if len(tasks) == 1 else MEAN_ROW, chosen[tasks[0]], tasks
 
 
 def _score(run: Run, name: str, metric: Metric, tasks: Sequence[str]) -> tuple[float, float | None, bool] | None:

@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Against:
-    """One run compared with the base: its rows (groups first, then tasks in file order), and what to know about them."""
+    """One run compared with the base: its rows, groups first, then tasks in file order, and what to know of them."""
 
     label: str
     run: Run

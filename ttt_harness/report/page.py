@@ -8,18 +8,32 @@ lets the browser run that one script and load nothing.
 import base64
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
 
 from ttt_harness.errors import ReportError
 from ttt_harness.report import figures, published
-from ttt_harness.report.compare import Comparison, KeptSamples, compare_runs, offered_metrics, task_prefix
+from ttt_harness.report.axes import Sweep, in_order, sweep_of, value_text, varied
+from ttt_harness.report.compare import (
+    Comparison,
+    KeptSamples,
+    Reference,
+    compare_runs,
+    offered_metrics,
+    some,
+    task_prefix,
+)
 from ttt_harness.report.figures import Line, Method
+from ttt_harness.report.plots import HeatMap, LinePlot, number, plot_of
 from ttt_harness.report.questions import question_columns
 from ttt_harness.report.results import Run
 from ttt_harness.terminal import visible
+
+MOST_CARDS = 4
 
 
 def build_page(
@@ -76,6 +90,8 @@ def build_page(
         rows[0] = figures.lines_of_one(methods[0], metric)
         if metric and not rows[0]:
             raise ReportError(f"no run has the metric {metric}; choose from {offered_metrics(base, base.tasks)}.")
+    sweeps, said = _sweeps(methods, names or {}, metric)
+    remarks += said
     prefix = task_prefix(tasks)
     data = {
         "labels": [visible(method.label) for method in methods],
@@ -85,19 +101,22 @@ def build_page(
         "losses": figures.loss_curves(methods, tasks),
         **questions,
     }
-    beside = next((c.reference for by in compared.values() for c in by.values() if c.reference), None)
+    summary = figures.summary(methods, rows)
     return _render(
         title=title or _title(methods),
         methods=methods,
         seeds=seeds,
-        summary=figures.summary(methods, rows),
+        summary=summary,
+        cards=_most_changed(summary),
         costs=figures.costs(methods),
         task_costs=figures.task_costs(methods, prefix),
         settings=figures.settings_table(methods),
         files=[(m.label, seed, run) for m in methods for seed, run in m.runs.items()],
         remarks=list(dict.fromkeys(remarks)),
-        published=beside,
+        published=_reference([run for method in methods for run in method.runs.values()], compared),
+        sweeps=sweeps,
         prefix=prefix,
+        names=some([method.label for method in methods], 5),
         has_questions=bool(questions["questions"]["id"]),
         without_samples=[
             m.label for m in methods if not any(r.has_samples(t) for r in m.runs.values() for t in r.tasks)
@@ -105,6 +124,49 @@ def build_page(
         has_losses=bool(data["losses"]),
         data=data,
     )
+
+
+def _sweeps(
+    methods: Sequence[Method], names: Mapping[Run, str], metric: str | None
+) -> tuple[list[tuple[str, Sweep, LinePlot | HeatMap | None]], list[str]]:
+    """What each method with several settings is called, its sweep and its plot; and remarks on what cannot be shown."""
+    alike: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for method in methods:
+        alike[names.get(method.first, ""), method.first.method] += method.runs.values()
+    found, remarks = [], []
+    for (name, method_name), runs in alike.items():
+        axes = varied(runs)
+        points = [(settings, {run.seed: run for run in of_point}) for settings, of_point in in_order(runs, axes)]
+        label = f"{name} {method_name}".strip()
+        try:
+            sweep = sweep_of(label, axes, points, metric) if axes else None
+        except ReportError as error:
+            remarks.append(f"{label}: its settings are not compared: {error}")
+            continue
+        if sweep:
+            found.append((label, sweep, plot_of(sweep)))
+    return found, remarks
+
+
+def _reference(runs: Sequence[Run], compared: Mapping[int, Mapping[Any, Comparison]]) -> Reference | None:
+    """The published figures that stand on the page, and what sets any of its runs apart from them; None without."""
+    beside = [c.reference for by_seed in compared.values() for c in by_seed.values() if c.reference]
+    if not beside:
+        return None
+    runs = [run for run in runs if run.has_model and published.covers([run])]
+    tasks = [task for run in runs for task in run.tasks if task.startswith(published.TASK_PREFIX)]
+    return replace(beside[0], differs=published.differences(runs, list(dict.fromkeys(tasks))))
+
+
+def _most_changed(summary: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The methods with a card of their own: the four that gain most, in the order of the page."""
+    others = [one for one in summary[1:] if one["row"] and one["row"].difference]
+
+    def gain(one: Mapping[str, Any]) -> float:
+        return float(one["row"].difference[0] * (1 if one["row"].higher_is_better else -1))
+
+    chosen = sorted(others, key=gain, reverse=True)[:MOST_CARDS]
+    return [one for one in others if one in chosen]
 
 
 def _title(methods: Sequence[Method]) -> str:
@@ -170,6 +232,7 @@ def _render(*, data: Any, **values: Any) -> str:
     environment.lstrip_blocks = True
     environment.finalize = lambda value: visible(value) if type(value) is str else value  # Markup stays as it is
     environment.filters |= {"score": _score, "signed": _signed, "p": _p, "seconds": _seconds, "count": _count}
+    environment.filters |= {"number": number, "value": value_text}
     template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
     digest = base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode()
     page = template.render(

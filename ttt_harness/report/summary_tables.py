@@ -188,11 +188,10 @@ def _settings_table(sweep: Sweep) -> list[list[str]]:
     table = [
         [f"{sweep.method}: {sweep.axes[0]}", *sweep.axes[1:], sweep.name, "95 % CI", "seeds", "from the best", "p"]
     ]
-    rivals = {id(rival.point): rival for rival in sweep.rivals}
     for point in sweep.points:
         row = [value_text(point.settings[axis]) for axis in sweep.axes]
         row += [_number(point.mean, sweep.share), _interval(point, sweep.share), str(point.seeds)]
-        rival = rivals.get(id(point))
+        rival = sweep.rival(point)
         if rival is None:
             row += ["best", ""]
         else:
