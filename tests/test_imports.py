@@ -18,7 +18,7 @@ FOLDER = Path(ttt_harness.__file__).parent
 
 # The rule: a package, or a module of the top folder, imports from its own line and from lines above it.
 LAYERS = (
-    ("errors", "extras", "patches", "locks", "terminal", "methods", "records", "config", "embedded"),
+    ("errors", "extras", "patches", "locks", "terminal", "methods", "records", "config", "stated", "embedded"),
     ("data",),
     ("training", "adapters"),
     ("serving",),
@@ -41,9 +41,7 @@ FACES = {"ttt_harness", "ttt_harness.plugin"}
 KNOWN_IMPORTS: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: list[set[str]] = []
 # Modules that ask what a method's name means.
-KNOWN_ASKING = {
-    "ttt_harness.harness.task",
-}
+KNOWN_ASKING: set[str] = set()
 
 
 @cache

@@ -18,6 +18,7 @@ https://github.com/EleutherAI/lm-evaluation-harness/pull/4015 (tasks, open).
 """
 
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,13 +30,16 @@ from types import ModuleType
 from typing import Any
 
 from ttt_harness import patches
-from ttt_harness.errors import ending_in_one_sentence
+from ttt_harness.errors import TTTError, ending_in_one_sentence
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
     "ttt_vllm": "ttt_harness.harness.model:TTTVLLM",
 }
 TASKS = "ttt_harness.task_configs"
+
+# What was wrong with the YAMLs of TTT tasks that lm-eval read last; it goes on without them.
+unreadable: list[TTTError] = []
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +76,11 @@ def add_tasks() -> None:
             known = [path.resolve() for path in paths]
             if defaults in known and ours not in known:
                 paths.insert(known.index(defaults) + 1, ours)
-            return build(paths, **options)
+            unreadable.clear()
+            index = build(paths, **options)
+            if unreadable:  # lm-eval leaves such a file out, and then knows no task of its name
+                raise unreadable[0]
+            return index
 
         return build_with_ours
 
@@ -90,12 +98,92 @@ def add_includes() -> None:
             _, named, rest = Path(path).as_posix().rpartition("/lm_eval/tasks/")
             if named and not Path(path).exists() and (installed / rest).is_file():
                 path = installed / rest
-            return load_yaml(path, **options)
+            try:
+                return load_yaml(path, **options)
+            except Exception as error:
+                if (refused := _refusal(Path(path), error)) is None:
+                    raise
+                unreadable.append(refused)
+                raise refused from error
 
         return load_yaml_of_lm_eval
 
     # lm-eval's function calls itself by this name for each file that a YAML includes.
     patches.apply("lm_eval: includes of YAML files", of_lm_eval)
+
+
+def _refusal(path: Path, error: Exception) -> TTTError | None:
+    """The sentence about a YAML of a TTT task that cannot be read; None for one of another task."""
+    if isinstance(error, TTTError):
+        return error
+    try:
+        ours = "ttt_harness.TTTTask" in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    if not ours:
+        return None
+    from ttt_harness.harness.declaration import unreadable_yaml
+
+    return unreadable_yaml(path, error)
+
+
+def add_seeds() -> None:
+    """Mark lm-eval's default of `fewshot_random_seed`."""
+    from ttt_harness.stated import Unstated
+
+    patches.apply("lm_eval: default of seeds", Unstated)
+
+
+def add_command_line_seeds() -> None:
+    """Mark the few-shot seed that a command line, or the file of `--config`, leaves to lm-eval."""
+    from ttt_harness.stated import Unstated, states_few_shot_seed
+
+    def marking(from_cli: Callable[..., Any]) -> Callable[..., Any]:
+        def from_cli_and_mark(cls: Any, namespace: Any) -> Any:
+            config = from_cli(cls, namespace)
+            given = getattr(namespace, "seed", None)
+            if given is None and getattr(namespace, "config", None):
+                given = cls.load_yaml_config(namespace.config).get("seed")
+            if config.seed and not states_few_shot_seed(given):
+                config.seed = [*config.seed[:3], Unstated(config.seed[3])]
+            return config
+
+        return from_cli_and_mark
+
+    patches.apply("lm_eval: seeds of the command line", marking)
+
+
+def add_metadata() -> None:
+    """Mark the metadata of a task that come from the command line."""
+    from ttt_harness.stated import StatedMetadata
+
+    def marking(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_and_mark(self: Any, entry: Any, overrides: Any = None) -> Any:
+            config = load(self, entry, overrides)
+            config["metadata"] = StatedMetadata.of(config["metadata"], list(self._meta))
+            return config
+
+        return load_and_mark
+
+    patches.apply("lm_eval: metadata of tasks", marking)
+
+
+def add_selection() -> None:
+    """Have `--limit` and `--samples` checked before requests are built, where there are tasks of ours."""
+
+    def checking(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def check_and_evaluate(*arguments: Any, **options: Any) -> Any:
+            given = inspect.signature(evaluate).bind_partial(*arguments, **options).arguments
+            tasks = given.get("task_dict")
+            if "ttt_harness.harness.task" in sys.modules and isinstance(tasks, dict) and "tasks" in tasks:
+                from ttt_harness.harness.selection import check
+
+                check(tasks["tasks"], given.get("limit"), given.get("samples"))
+            return evaluate(*arguments, **options)
+
+        return check_and_evaluate
+
+    patches.apply("lm_eval: selection of examples", checking)
 
 
 def add_endings() -> None:
@@ -114,7 +202,11 @@ def add_endings() -> None:
 # Not earlier: lm-eval registers its own models only when it finds the registry empty.
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
     "lm_eval._cli.harness": add_endings,
+    "lm_eval.config.evaluate_config": add_command_line_seeds,
+    "lm_eval.defaults": add_seeds,
+    "lm_eval.evaluator": add_selection,
     "lm_eval.models": add_models,
+    "lm_eval.tasks._factory": add_metadata,
     "lm_eval.tasks._index": add_tasks,
     "lm_eval.tasks._yaml_loader": add_includes,
 }

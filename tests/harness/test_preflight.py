@@ -515,7 +515,7 @@ EXPECTED = {  # by the number of the folder: words of the sentence for each line
     "24": ["{{c.text}}"],
     "25": ["the nearest is 'Yes'"],
     "30": [None, "--limit 0", "is not allowed", None],
-    "31": [None, "--samples has -1", "--samples has []", "--samples has 99", None],
+    "31": [None, "--samples has -1", "--samples has []", "--samples has 99", "names 'other'"],
     "43": ["metadata is"],
     "49": [None],
 }

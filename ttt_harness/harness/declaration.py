@@ -13,6 +13,7 @@ from typing import Any
 import lm_eval.api.metrics  # fills the registries of metrics and aggregations
 import lm_eval.filters  # and that of filters
 import lm_eval.tasks
+import yaml
 from lm_eval.api import registry
 from lm_eval.api.task import ALL_OUTPUT_TYPES
 from lm_eval.config.task import FewshotConfig, TaskConfig
@@ -20,7 +21,7 @@ from lm_eval.config.task import FewshotConfig, TaskConfig
 from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.harness.rows import choices_problem
-from ttt_harness.harness.user_code import shown
+from ttt_harness.harness.user_code import own_words, shown
 
 # Besides the fields of TaskConfig: what lm-eval itself takes out of a YAML.
 STRUCTURE_KEYS = ("class", "group", "include", "tag", "task_list")
@@ -116,6 +117,15 @@ def _check_fields(task: str, config: Mapping[str, Any], kind: str) -> None:
         listed = list(choices.values()) if isinstance(choices, dict) else choices
         if problem := choices_problem("every row", listed, None):
             raise ConfigError(f"{task}: {problem}.")
+
+
+def unreadable_yaml(path: Path, error: Exception) -> ConfigError:
+    """The sentence about a task's YAML that cannot be read, or that names a function which cannot be had."""
+    problem = own_words(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        problem = f"{error.problem or error.context} in line {mark.line + 1}, column {mark.column + 1}"
+    return ConfigError(f"the task in {path} cannot be read ({problem}); correct it, or take it out of the folder.")
 
 
 # Values

@@ -5,11 +5,40 @@ gives answers to samples that are not in ascending order the wrong numbers.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.harness.user_code import shown
+
+
+def check(tasks: Mapping[str, Any], limit: Any, samples: Any) -> None:
+    """Check a run's `--limit` and `--samples` as they were given, if TTT tasks are among `tasks`.
+
+    Raises:
+        ConfigError: one of them selects nothing of a TTT task.
+    """
+    ours = {name: task for name, task in tasks.items() if hasattr(task, "check_samples")}
+    if not ours:
+        return
+    check_limit(limit)
+    if samples is None:
+        return
+    if not isinstance(samples, Mapping) or not samples:
+        raise ConfigError(
+            f"--samples is {shown(samples)}, where a mapping of tasks to numbers of examples belongs, or the path of a "
+            'JSON file that holds one: {"task": [0, 5]}.'
+        )
+    for name in samples:
+        if name not in tasks:
+            raise ConfigError(
+                f"--samples names {shown(name)}, which is none of the tasks that are run ({', '.join(tasks)}); correct "
+                f"it, or take it out.{nearest(str(name), tasks)}"
+            )
+    for name, task in ours.items():
+        if name in samples:
+            task.check_samples(samples[name])
 
 
 def check_limit(limit: Any) -> None:

@@ -27,7 +27,9 @@ from ttt_harness.harness.aggregation import Aggregation
 from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
 from ttt_harness.harness.user_code import Row, own_words, shown, user_code
+from ttt_harness.methods import METHODS
 from ttt_harness.serving.generation import greedy_unless_sampled
+from ttt_harness.stated import is_stated_seed, stated_keys
 
 Doc = Mapping[str, Any]
 
@@ -51,8 +53,9 @@ class TTTTask(ConfigurableTask):
     - k of the evaluated split, drawn with the seed and taken out of it: `random.Random(seed).shuffle` on the examples
       in file order; the first k are the demonstrations, in that order, the rest is evaluated, in that order.
 
-    Where no k is stated it is the number of listed demonstrations, else the YAML's `num_fewshot`, else 10.
-    `process_docs` comes before the drawing. The metadata keys are those of `TaskSettings`.
+    Where no k is stated it is the number of listed demonstrations, else the YAML's `num_fewshot`, else 10. Of lm-eval's
+    command line, `--num_fewshot` is k and the few-shot part of `--seed` is the seed. `process_docs` comes before the
+    drawing. The metadata keys are those of `TaskSettings`.
 
     Attributes:
         where: the task and its YAML, as messages name it.
@@ -76,15 +79,16 @@ class TTTTask(ConfigurableTask):
         self.where = declaration.where(config)
         self._folder = declaration.folder_of(config)
         metadata = config.get("metadata") or {}
+        self._stated = stated_keys(metadata)
         self._listed = None if "k" in metadata else self._listed_samples(config)
-        self.settings = self._settle_k(config, metadata)
+        self.settings = self._settle(config, metadata)
         self._check_prompts(config)
         # An end-to-end fit teaches the task without demonstrations, and is asked without.
-        self._zero_shot = str(metadata.get("method")).endswith("e2e")
-        config["num_fewshot"] = 0 if self._zero_shot else self.settings.k - self.settings.leave_one_out
+        method = METHODS.get(str(metadata.get("method")))
+        self._zero_shot = method is not None and not method.prompts_hold_demonstrations
+        config["num_fewshot"] = self._shots
         if self.settings.generation_budget == "published":
             config["generation_kwargs"] = self._published_budget(config, metadata)
-        self._rendered: dict[tuple[str, int], Any] = {}
         # Until the base class has read the first row:
         self.prompt: Any = None
         self._fields: Fields | None = None
@@ -92,12 +96,26 @@ class TTTTask(ConfigurableTask):
         self._construct(data_dir, cache_dir, download_mode, config)
         declaration.check_metrics(self.where, self._metric_fn_list, config)
         self._constructed = True
-        self.sampler = DrawnSampler(self._demonstrations)
+        self._take(self._demonstrations)
+
+    @property
+    def _shots(self) -> int:
+        """How many demonstrations a prompt holds."""
+        return 0 if self._zero_shot else self.settings.k - self.settings.leave_one_out
+
+    def _take(self, demonstrations: list[Row]) -> None:
+        """Ask with these demonstrations, and state in the results where they come from."""
+        self._demonstrations = demonstrations
+        self._rendered: dict[tuple[str, int], Any] = {}
+        self.sampler = DrawnSampler(demonstrations)
         self._support = self._read_demonstrations()
         self._refuse_overlap()
         self.config.metadata = {
             **(self.config.metadata or {}),
-            "k": len(self._demonstrations),
+            "k": len(demonstrations),
+            "k_from": self._origins["k"],
+            "seed": self.settings.seed,
+            "seed_from": self._origins["seed"],
             "demonstrations": self.drawn_from,
         }
 
@@ -126,13 +144,75 @@ class TTTTask(ConfigurableTask):
             )
         return samples
 
-    def _settle_k(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
-        try:
+    def _settle(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
+        """The settings that the YAML and the command line make; notes where k and the seed come from."""
+        with user_code(self.where, "its metadata"):
             settings = TaskSettings.from_mapping(metadata)
-        except ConfigError as error:
-            raise ConfigError(f"{self.where}: {error}") from error
+        self._origins = {
+            key: "the command line" if key in self._stated else "the metadata" if key in metadata else "the default"
+            for key in ("k", "seed")
+        }
         shots = len(self._listed) if self._listed else config.get("num_fewshot")
-        return settings if "k" in metadata or shots is None else replace(settings, k=shots)
+        if "k" in metadata or shots is None:
+            return settings
+        self._origins["k"] = "fewshot_config.samples" if self._listed else "the YAML's num_fewshot"
+        return replace(settings, k=shots)
+
+    # What lm-eval's command line says, after construction
+
+    def get_config(self, key: str) -> Any:
+        """As in the base class. lm-eval asks for `num_fewshot`, to leave a 0 as it is and never to set another number.
+
+        It is 0 in the prompts of an end-to-end run as well, which `--num_fewshot` gives demonstrations to learn from.
+        """
+        return None if key == "num_fewshot" and self._zero_shot and self.settings.k else super().get_config(key)
+
+    def set_config(self, key: str, value: Any, update: bool = False) -> None:
+        """As in the base class; `--num_fewshot` is k, and 0 leaves the demonstrations out of the prompts.
+
+        Raises:
+            ConfigError: `k=` says another number, or there are not so many demonstrations.
+        """
+        if key == "num_fewshot" and value != 0:
+            self._set_k(value)
+            value = self._shots
+        super().set_config(key, value, update)
+
+    def _set_k(self, k: Any) -> None:
+        self._refuse_contradiction("--num_fewshot", "k", k)
+        if self._listed and isinstance(k, int) and k > len(self._listed):
+            raise ConfigError(
+                f"--num_fewshot {shown(k)} is not allowed for {self.where}, which lists {len(self._listed)} "
+                "demonstrations (fewshot_config.samples); use fewer, or k= to have them drawn from the data."
+            )
+        self._draw("--num_fewshot", k=k)
+
+    def set_fewshot_seed(self, seed: int | None = None) -> None:
+        """As in the base class; a seed that the user gave (`--seed`, `fewshot_random_seed`) draws the demonstrations.
+
+        Raises:
+            ConfigError: `seed=` says another one.
+        """
+        super().set_fewshot_seed(seed)
+        if is_stated_seed(seed):
+            self._refuse_contradiction("--seed", "seed", seed)
+            self._draw("--seed", seed=seed)
+
+    def _refuse_contradiction(self, option: str, key: str, value: Any) -> None:
+        given = getattr(self.settings, key)
+        if key in self._stated and given != value:
+            raise ConfigError(
+                f"{option} {shown(value)} and {key}={given} are both given for {self.where}, and mean the same; give "
+                "one of them, or the same value."
+            )
+
+    def _draw(self, origin: str, **changed: Any) -> None:
+        """Draw the demonstrations again, with other settings."""
+        with user_code(self.where, origin):
+            self.settings = replace(self.settings, **changed)
+        self._origins |= dict.fromkeys(changed, origin)
+        self._check_prompts({"output_type": self.OUTPUT_TYPE})
+        self._take(self._choose(self._split))
 
     def _check_prompts(self, config: Mapping[str, Any]) -> None:
         settings = self.settings
@@ -234,7 +314,7 @@ class TTTTask(ConfigurableTask):
         self._evaluated, self._order = self._pool, list(range(len(self._pool)))
         if self._listed:
             self.drawn_from = "fewshot_config.samples"
-            listed = enumerate(self._listed, 1)
+            listed = enumerate(self._listed[: self.settings.k], 1)
             return [Row(doc, None, number, number) for number, doc in listed]
         config, k = self.config, self.settings.k
         split, process_docs = self.fewshot_cfg.split, self.fewshot_cfg.process_docs
@@ -335,20 +415,6 @@ class TTTTask(ConfigurableTask):
         return [self.doc_to_text(doc), *self.doc_to_choice(doc)] if self.multiple_input else self.doc_to_text(doc)
 
     # Prompts and requests
-
-    def set_config(self, key: str, value: Any, update: bool = False) -> None:
-        """As in the base class; `--num_fewshot` may only leave the demonstrations in the prompt or take them all out.
-
-        Raises:
-            ConfigError: any other number, since the demonstrations are also what an adapter is fitted on.
-        """
-        if key == "num_fewshot" and value not in (0, self.config.num_fewshot):
-            raise ConfigError(
-                f"--num_fewshot {value} is not allowed for {self.where}: the demonstrations are set by k "
-                f"(k={self.settings.k} now; --metadata '{{\"k\": {value}}}' changes it), "
-                "or left out by --num_fewshot 0."
-            )
-        super().set_config(key, value, update)
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
         """As in the base class; for a vote, the list of prompts under each permutation of the demonstrations."""
@@ -539,6 +605,14 @@ class TTTTask(ConfigurableTask):
         chosen = self._evaluated_rows(samples) if samples else islice(self._evaluated_rows(), limit or None)
         return islice(enumerate(chosen), rank, None, world_size)
 
+    def check_samples(self, samples: Any) -> None:
+        """Refuse a list of `--samples` that does not name rows of this task.
+
+        Raises:
+            ConfigError: as for `selection.check_samples`.
+        """
+        selection.check_samples(samples, len(self._evaluated), self.where)
+
     def build_all_requests(self, **kwargs: Any) -> None:
         """As in the base class, after a check of all that is evaluated; made-up answers are scored as well.
 
@@ -557,7 +631,7 @@ class TTTTask(ConfigurableTask):
         limit, samples = kwargs.get("limit"), kwargs.get("samples")
         selection.check_limit(limit)
         if samples is not None:
-            selection.check_samples(samples, len(self._evaluated), self.where)
+            self.check_samples(samples)
         if self.OUTPUT_TYPE == "generate_until":  # here, since the command line's arguments come after construction
             arguments = greedy_unless_sampled(self.config.generation_kwargs or {}, self.where)
             preflight.check_ends(self.where, arguments)
