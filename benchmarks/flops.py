@@ -10,7 +10,8 @@ each token, although the last one's MLP can do with the labelled tokens, as it d
 from collections.abc import Iterable, Sequence
 
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.training.families import LORA_ATTENTION_MODULES, ModelShape
+from ttt_harness.training.families import LORA_ATTENTION_MODULES
+from ttt_harness.training.shape import ModelShape
 
 # Which of the projections of `projections` carry a LoRA update.
 ADAPTED = (*LORA_ATTENTION_MODULES, "gate", "up", "down")

@@ -19,7 +19,8 @@ from benchmarks.tokenized_dataset import write_sequences
 from benchmarks.workload import TaskWork
 from ttt_harness.config import TTTConfig
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.families import LORA_ATTENTION_MODULES, ModelShape
+from ttt_harness.training.families import LORA_ATTENTION_MODULES
+from ttt_harness.training.shape import ModelShape
 
 RECIPE = "lora_finetune_single_device"
 TORCHTUNE_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}

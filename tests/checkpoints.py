@@ -1,4 +1,4 @@
-"""One tiny checkpoint of random weights for each model family, with the `config.json` that its models have on the hub.
+"""One tiny checkpoint of random weights for each model family, with the keys of its `config.json` on the hub.
 
 The sizes are small, and each number that a family has of its own is far from neutral (windows shorter than the tests'
 sequences, caps below the scores, norms and biases that are not 1 and 0), so that ignoring one shows in the logits.
@@ -122,6 +122,111 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "attention_bias": False,
     },
+}
+
+
+# Named as on the hub: Mistral-Nemo-Instruct-2407, Qwen3-0.6B, SmolLM3-3B, gemma-3-1b-it, phi-4, Phi-4-mini-instruct,
+# OLMo-2-0425-1B, granite-3.3-2b-instruct, DeepSeek-R1-Distill-Qwen-1.5B and -Llama-8B.
+CHECKPOINTS |= {
+    "mistral-nemo": CHECKPOINTS["mistral"] | {"head_dim": 16, "rope_theta": 1000000.0, "sliding_window": None},
+    "qwen3": {
+        **_SIZES,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "max_window_layers": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "smollm3": {
+        **_SIZES,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "layer_types": ["full_attention", "full_attention"],
+        "max_window_layers": 2,
+        "mlp_bias": False,
+        "no_rope_layer_interval": 2,
+        "no_rope_layers": [1, 0],
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "gemma3": {
+        **_SIZES,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": None,
+        "head_dim": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 24,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+    },
+    "phi4": CHECKPOINTS["phi3"]
+    | {"partial_rotary_factor": 1.0, "rms_norm_eps": 1e-05, "rope_theta": 250000, "sliding_window": None},
+    "phi4-mini": {
+        **CHECKPOINTS["phi3"],
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "original_max_position_embeddings": 1024,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "long_factor": [1 + i / 4 for i in range(12)],
+            "short_factor": [1 + i / 16 for i in range(12)],
+            "type": "longrope",
+        },
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {
+        **_SIZES,
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+    },
+    "granite": {
+        **_SIZES,
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "attention_bias": False,
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 12.0,
+        "hidden_act": "silu",
+        "logits_scaling": 3.0,
+        "mlp_bias": False,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": True,
+    },
+    "r1-distill-qwen": {**_QWEN2, "rope_theta": 10000, "tie_word_embeddings": False, "use_mrope": False},
+    "r1-distill-llama": {**CHECKPOINTS["llama3.1"], "rope_theta": 500000.0},
 }
 
 

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.training.checkpoint import FAMILIES, ModelShape
+from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.shape import ModelShape
 
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM",

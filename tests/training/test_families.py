@@ -14,11 +14,14 @@ from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
-from ttt_harness.training.checkpoint import FAMILIES, ModelShape, read_config
-from ttt_harness.training.trainer import Trainer, target_states
+from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.shape import FAST, ModelShape, read_config
+from ttt_harness.training.trainer import FitResult, Trainer, target_states
 
 FIT = {"batch_size": 2, "epochs": 3, "lr": 2e-2, "warmup_ratio": 0.0, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
+# The families that transformers' own model computes; the others are built from torchtune's modules.
+GENERAL = {"mistral-nemo", "qwen3", "smollm3", "gemma3", "phi4-mini", "olmo2", "granite"}
 # The same families with switches that the table of checkpoints leaves as most models have them.
 VARIANTS = {
     **CHECKPOINTS,
@@ -56,7 +59,7 @@ def sequences():
 
 def make_trainer(model_dir, dtype=torch.float32):
     shape = ModelShape.from_config(read_config(model_dir), where=str(model_dir))
-    return Trainer(model_dir, shape, **LORA, dtype=dtype, device="cpu")
+    return Trainer(model_dir, shape, **LORA, dtype=dtype, device="cpu", context=256)
 
 
 def transformers_model(model_dir):
@@ -65,7 +68,14 @@ def transformers_model(model_dir):
 
 
 def test_every_row_of_the_table_has_a_checkpoint():
-    assert {config["architectures"][0] for config in CHECKPOINTS.values()} == set(FAMILIES)
+    assert FAST.keys() == FAMILIES.keys()
+    assert FAST.keys() <= {config["architectures"][0] for config in CHECKPOINTS.values()}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_each_family_is_fitted_the_way_that_is_stated(name):
+    way = ModelShape.from_config(CHECKPOINTS[name], where="here").way
+    assert way == ("general" if name in GENERAL else "fast")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -90,7 +100,7 @@ def test_trained_logits_are_those_of_transformers_and_peft(name, checkpoint, seq
     assert (trained - plain).abs().max() > 0.1  # so the adapter has an effect to compare
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", "gemma", "gemma2", "qwen3", "granite", "phi4-mini"])
 def test_gradients_are_those_of_transformers_and_peft(name, checkpoint, sequences, tmp_path):
     trainer = make_trainer(checkpoint(name))
     write_adapter(tmp_path, trainer.fit(sequences, **FIT).peft_state_dict(), base_model=str(checkpoint(name)), **LORA)
@@ -102,15 +112,14 @@ def test_gradients_are_those_of_transformers_and_peft(name, checkpoint, sequence
     theirs = served(tokens).logits[:, :-1][loss_mask[:, 1:]]
     functional.cross_entropy(theirs, tokens[loss_mask]).backward()
     gradients = {key: parameter.grad for key, parameter in served.named_parameters() if parameter.requires_grad}
-    ours = FAMILIES[trainer.shape.architecture].to_peft(
-        {key: parameter.grad for key, parameter in trainer.adapter.items()}, trainer.shape
-    )
+    of_ours = {key: parameter.grad for key, parameter in trainer.adapter.items()}
+    ours = FitResult(of_ours, trainer.shape, [], 0, 0.0).peft_state_dict()
     assert len(ours) == len(gradients) > 0
     for key, gradient in ours.items():
         torch.testing.assert_close(gradient, gradients[key.replace(".weight", ".default.weight")], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma", "gemma2", "phi3", "qwen3", "gemma3"])
 def test_bfloat16_trains_too(name, checkpoint, sequences):
     result = make_trainer(checkpoint(name), torch.bfloat16).fit(sequences, **{**FIT, "epochs": 6})
     assert all(tensor.dtype == torch.bfloat16 for tensor in result.peft_state_dict().values())
@@ -159,37 +168,67 @@ def test_an_adapter_of_fused_projections_is_the_sum_of_its_parts(checkpoint, seq
 
 
 @pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama3", {"attention_bias": True}),
+        ("llama3", {"mlp_bias": True}),
+        ("llama3", {"hidden_act": "gelu"}),
+        ("llama3", {"head_dim": 64}),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}),
+        ("llama3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("llama3.1", {"rope_scaling": {**CHECKPOINTS["llama3.1"]["rope_scaling"], "low_freq_factor": 2.0}}),
+        ("mistral", {"tie_word_embeddings": True}),
+        ("gemma", {"tie_word_embeddings": False}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("phi3", {"partial_rotary_factor": 0.75}),
+    ],
+    ids=str,
+)
+def test_what_the_fast_way_cannot_express_is_fitted_the_general_way(name, change, sequences, tmp_path):
+    write_checkpoint(tmp_path, {**CHECKPOINTS[name], **change})
+    trainer = make_trainer(tmp_path)
+    assert trainer.shape.way == "general"
+    result = trainer.fit(sequences, **FIT)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", result.peft_state_dict(), base_model=str(tmp_path), **LORA)
+    tokens = torch.tensor([sequences[1].tokens])
+    base = transformers_model(tmp_path)
+    trainer.model.eval()
+    with torch.no_grad():
+        served = PeftModel.from_pretrained(base, tmp_path / "adapter")(tokens).logits
+        torch.testing.assert_close(trainer.model(tokens), served, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("name", "change", "telling"),
     [
-        ("llama3", {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel, which is not supported"),
-        ("llama3", {"architectures": None}, r"\(none\), which is not supported for fitting; supported: Llama"),
-        ("llama3", {"attention_bias": True}, "attention_bias"),
-        ("llama3", {"mlp_bias": True}, "mlp_bias"),
-        ("llama3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ("llama3", {"head_dim": 64}, "head_dim=64"),
+        ("llama3", {"architectures": None}, 'without "architectures"'),
+        ("llama3", {"architectures": "LlamaForCausalLM"}, 'without "architectures"'),
         ("llama3", {"hidden_size": "wide"}, "transformers refuses .*'hidden_size' expected int"),
         ("llama3", {"num_attention_heads": 3}, "transformers refuses .*not a multiple"),
-        ("llama3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type=yarn"),
-        ("llama3.1", {"rope_scaling": {**CHECKPOINTS["llama3.1"]["rope_scaling"], "low_freq_factor": 2.0}}, "RoPE"),
-        ("llama3", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
-        ("mistral", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-        ("qwen2", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types="),
-        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma2", {"hidden_activation": "gelu"}, "hidden_act=gelu"),
-        ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor=0\.75"),
+        ("llama3", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights .*not fitted"),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantized weights .*not fitted"),
+        ("llama3", {"num_hidden_layers": None}, "without num_hidden_layers"),
+        ("qwen2", {"hidden_size": None, "vocab_size": None}, "without hidden_size, vocab_size"),
+        ("qwen3", {"num_hidden_layers": None}, "num_hidden_layers"),
+        ("qwen3", {"model_type": None}, "model_type=None, which this version of transformers does not know"),
         (
-            "phi3",
-            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16}},
-            "rope_type=longrope",
+            "qwen3",
+            {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": {"AutoModelForCausalLM": "m.M"}},
+            r"asks for code of its own \(auto_map\), which is never run",
         ),
+        ("qwen3", {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "no causal language model"),
+        ("qwen3", {"layer_types": ["other", "full_attention"]}, "layer_types"),
     ],
+    ids=str,
 )
-def test_what_torchtune_cannot_express_is_refused_by_its_config(name, change, telling):
+def test_what_cannot_be_fitted_is_refused_by_its_config(name, change, telling):
+    config = {key: value for key, value in {**CHECKPOINTS[name], **change}.items() if value is not None}
     with pytest.raises(ModelError, match=telling) as refusal:
-        ModelShape.from_config({**CHECKPOINTS[name], **change}, where="here")
+        ModelShape.from_config(config, where="here")
     assert str(refusal.value).startswith("here has ")
-    assert str(refusal.value).endswith(".")
+    assert str(refusal.value).endswith((".", ")."))
     assert "\n" not in str(refusal.value)
 
 

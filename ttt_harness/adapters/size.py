@@ -11,7 +11,7 @@ from ttt_harness.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from ttt_harness.training.families import ModelShape
+    from ttt_harness.training.shape import ModelShape
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ttt_harness.training.families import ModelShape
+from ttt_harness.training.shape import ModelShape
 
 GIB = 2**30
 

@@ -1,12 +1,10 @@
-"""Base models: from a checkpoint in the hub's layout to a torchtune model with LoRA layers.
+"""Loading a base model the fast way: from a checkpoint in the hub's layout to a torchtune model with LoRA layers.
 
-`ModelShape.from_config` refuses what torchtune's modules cannot express by `config.json`, before any weight is read;
-how each architecture is built, and its names converted, is the business of `ttt_harness.training.families`.
+How each architecture is built, and its names converted, is the business of `ttt_harness.training.families`.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,36 +14,8 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable
 from torchtune.training import set_default_dtype
 
 from ttt_harness.errors import ModelError
-from ttt_harness.training.families import FAMILIES, ModelShape
-
-
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """Read the `config.json` of a model directory.
-
-    Raises:
-        ModelError: the directory, its config or its safetensors files are missing or damaged.
-    """
-    if not model_dir.is_dir():
-        raise ModelError(
-            f"pretrained={model_dir}: there is no such directory; "
-            "give a local model directory, a name on the hub, or embedded."
-        )
-    try:
-        config = json.loads((model_dir / "config.json").read_text())
-    except OSError:
-        raise ModelError(
-            f"pretrained={model_dir} has no config.json; a model directory in the hub's layout is needed."
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{model_dir / 'config.json'} is not JSON ({error}); copy the model again.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{model_dir / 'config.json'} holds no JSON object; copy the model again.")
-    if not any(model_dir.glob("*.safetensors")):
-        raise ModelError(
-            f"pretrained={model_dir} has no *.safetensors file, and only those are read; "
-            "save the model with transformers' save_pretrained."
-        )
-    return config
+from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.shape import ModelShape
 
 
 def _weight_files(model_dir: Path) -> list[Path]:

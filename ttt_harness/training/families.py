@@ -16,9 +16,8 @@ tests/integration/test_served_families.py ask of each family on the CPU:
 Another family takes a row here and a row in the tests' table of checkpoints.
 """
 
-import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +35,8 @@ from torchtune.models.mistral import lora_mistral
 from torchtune.models.phi3 import lora_phi3, phi3_hf_to_tune
 from torchtune.models.qwen2 import lora_qwen2, qwen2_hf_to_tune
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
-from transformers import (
-    Gemma2Config,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen2Config,
-)
 
-from ttt_harness.errors import ModelError
+from ttt_harness.training.shape import FAST, ModelShape
 
 # The projections that the published hyperparameters adapt; the three of the MLP come with `apply_lora_to_mlp`.
 LORA_ATTENTION_MODULES = ("q_proj", "v_proj", "output_proj")
@@ -55,150 +45,16 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a decoder that building it takes. Widths are in elements, `context_length` in tokens.
-
-    `windows` holds, for each layer, how many tokens a token attends to, itself included (None: all before it).
-    `score_cap`, `logit_cap` and `query_scale` are Gemma 2's: the bounds of attention scores and logits (None: none),
-    and the number whose inverse square root multiplies the queries (None: the width of a head).
-    """
-
-    architecture: str
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    vocab_size: int
-    context_length: int
-    norm_eps: float
-    rope_base: float
-    rope_scale: float
-    tied_embeddings: bool
-    windows: tuple[int | None, ...]
-    score_cap: float | None = None
-    logit_cap: float | None = None
-    query_scale: float | None = None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, where: str) -> "ModelShape":
-        """Read a `config.json` of transformers, of version 4 or 5.
-
-        Raises:
-            ModelError: the architecture, or a feature of it, is not supported.
-        """
-        named = config.get("architectures")
-        architecture = str(named[0]) if isinstance(named, list) and named else "(none)"
-        if architecture not in FAMILIES:
-            raise ModelError(
-                f"{where} has the architecture {architecture}, which is not supported for fitting; "
-                f"supported: {', '.join(FAMILIES)} (method=icl runs any model that vLLM does)."
-            )
-        family = FAMILIES[architecture]
-        try:
-            # With what the file leaves out, and in version 5's form; transformers changes what it is given.
-            given = family.config.from_dict(copy.deepcopy(dict(config))).to_dict()
-        except Exception as error:  # of transformers' validators, whose messages end in the reason
-            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip().strip('".')
-            raise ModelError(f"{where} has a config.json that transformers refuses ({reason}); correct it.") from None
-        rope = given["rope_parameters"]
-        rope_type = rope["rope_type"]
-        activation = given.get("hidden_activation") or given.get("hidden_act")
-        embed_dim, num_heads = given["hidden_size"], given["num_attention_heads"]
-        head_dim = given.get("head_dim") or embed_dim // num_heads
-        layer_types = given.get("layer_types") or ["sliding_attention"] * given["num_hidden_layers"]
-        unsupported = {
-            "attention_bias": given.get("attention_bias"),
-            "mlp_bias": given.get("mlp_bias"),
-            "use_bidirectional_attention": given.get("use_bidirectional_attention"),
-            "quantized weights (quantization_config)": given.get("quantization_config"),
-            f"hidden_act={activation}": activation != family.activation,
-            f"rope_type={rope_type}": rope_type not in family.rope_types,
-            f"partial_rotary_factor={rope.get('partial_rotary_factor')}": rope.get("partial_rotary_factor", 1) != 1,
-            f"head_dim={head_dim}": head_dim * num_heads != embed_dim and not family.any_head_dim,
-            f"tie_word_embeddings={given['tie_word_embeddings']}": given["tie_word_embeddings"] not in family.tied,
-            f"layer_types={sorted(set(layer_types))}": set(layer_types) - {"sliding_attention", "full_attention"},
-            "RoPE frequency factors other than 1 and 4 over 8192 positions": rope_type == "llama3"
-            and (rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
-            != (1, 4, 8192),
-        }
-        for feature, present in unsupported.items():
-            if present:
-                raise ModelError(f"{where} has {feature}, which torchtune's {architecture} layers do not support.")
-        window = given.get("sliding_window")
-        return cls(
-            architecture=architecture,
-            num_layers=given["num_hidden_layers"],
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            num_kv_heads=given["num_key_value_heads"],
-            head_dim=head_dim,
-            mlp_dim=given["intermediate_size"],
-            vocab_size=given["vocab_size"],
-            context_length=given["max_position_embeddings"],
-            norm_eps=given["rms_norm_eps"],
-            rope_base=rope["rope_theta"],
-            rope_scale=rope["factor"] if rope_type == "llama3" else 1,
-            tied_embeddings=given["tie_word_embeddings"],
-            windows=tuple(window if kind == "sliding_attention" else None for kind in layer_types),
-            score_cap=given.get("attn_logit_softcapping"),
-            logit_cap=given.get("final_logit_softcapping"),
-            query_scale=given.get("query_pre_attn_scalar"),
-        )
-
-    @property
-    def base_parameters(self) -> int:
-        """Weights of the base model, without the norms'."""
-        attention = 2 * self.embed_dim * self.head_dim * (self.num_heads + self.num_kv_heads)
-        embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_embeddings else 2)
-        return self.num_layers * (attention + 3 * self.embed_dim * self.mlp_dim) + embeddings
-
-    def adapter_parameters(self, rank: int) -> int:
-        """Weights of an adapter: of q, v and the output projection, and of the three of the MLP."""
-        q, kv = self.head_dim * self.num_heads, self.head_dim * self.num_kv_heads
-        widths = 2 * (self.embed_dim + q) + (self.embed_dim + kv) + 3 * (self.embed_dim + self.mlp_dim)
-        return self.num_layers * rank * widths
-
-    def activation_bytes_per_token(self, dtype: torch.dtype, *, on_gpu: bool) -> int:
-        """About what autograd keeps of one token in a fit, of the compiled layers or of the fused ones.
-
-        Of each layer some 10 tensors of the model's width (norms, q, k, v, dropped copies and masks), 7.5 where the
-        copies are computed again for the gradient; and of the MLP's 3.5, or 2.5 where its product is. Measured with
-        Llama-3.1-8B's geometry on a GPU: 4.2 to 4.5 MB where this says 4.26, and 4.6 to 5.0 for 4.92.
-        """
-        family = FAMILIES[self.architecture]
-        compiled = on_gpu and family.compiled
-        width = 7.5 if compiled else 10
-        mlp = 2.5 if compiled or family.activation == "silu" else 3.5
-        return int(self.num_layers * (width * self.embed_dim + mlp * self.mlp_dim) * dtype.itemsize)
-
-    def adapter_rank(self, rank: int) -> int:
-        """The rank under which an adapter that was fitted with `rank` is written."""
-        return FAMILIES[self.architecture].rank_factor * rank
-
-
-@dataclass(frozen=True)
 class Family:
     """How one architecture is built and how its names are converted.
 
-    `config` is transformers' class for its `config.json`. `build` makes a torchtune decoder with LoRA layers;
-    `from_hf` turns the hub's weights into its; `to_peft` turns its LoRA weights into PEFT's, of `rank_factor` times the
-    rank. The rest is what `build` can express: the activation, kinds of RoPE, whether embeddings may be `tied`, and
-    heads whose widths do not add up to the model's. `compiled` says whether its layers are compiled for a GPU, which
-    takes torchtune's own attention.
+    `build` makes a torchtune decoder with LoRA layers, `from_hf` turns the hub's weights into its, and `to_peft` turns
+    its LoRA weights into PEFT's. What `build` can express is in the row of `ttt_harness.training.shape.FAST`.
     """
 
-    config: type[PreTrainedConfig]
     build: Callable[..., TransformerDecoder]
     from_hf: Callable[[Weights, ModelShape], Weights]
     to_peft: Callable[[Weights, ModelShape], Weights]
-    activation: str = "silu"
-    rope_types: tuple[str, ...] = ("default",)
-    tied: tuple[bool, ...] = (False,)
-    any_head_dim: bool = False
-    rank_factor: int = 1
-    compiled: bool = True
 
 
 def _decoder(
@@ -419,32 +275,18 @@ def _phi3_to_peft(weights: Weights, shape: ModelShape) -> Weights:
             a = torch.cat([weights[f"{part}.lora_a.weight"] for part in ours if f"{part}.lora_a.weight" in weights])
             rank = weights[f"{ours[0]}.lora_a.weight"].shape[0]
             b = torch.block_diag(*(weights.get(f"{part}.lora_b.weight", k_rows.to(a.dtype)) for part in ours))
-            missing = FAMILIES[shape.architecture].rank_factor * rank - a.shape[0]
+            missing = FAST[shape.architecture].rank_factor * rank - a.shape[0]
             name = f"base_model.model.model.layers.{layer}.{theirs}"
             converted[f"{name}.lora_A.weight"] = functional.pad(a, (0, 0, 0, missing))
             converted[f"{name}.lora_B.weight"] = functional.pad(b, (0, missing))
     return converted
 
 
-_GELU = "gelu_pytorch_tanh"
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        LlamaConfig, _build_llama, _llama_from_hf, _llama_to_peft, rope_types=("default", "llama3"), tied=(False, True)
-    ),
-    "MistralForCausalLM": Family(MistralConfig, _build_mistral, _llama_from_hf, _llama_to_peft),
-    "Qwen2ForCausalLM": Family(Qwen2Config, _build_qwen2, _qwen2_from_hf, _qwen2_to_peft, tied=(False, True)),
-    "GemmaForCausalLM": Family(
-        GemmaConfig, _build_gemma, _llama_from_hf, _llama_to_peft, activation=_GELU, tied=(True,), any_head_dim=True
-    ),
-    "Gemma2ForCausalLM": Family(
-        Gemma2Config,
-        _build_gemma2,
-        _gemma2_from_hf,
-        _llama_to_peft,
-        activation=_GELU,
-        tied=(True,),
-        any_head_dim=True,
-        compiled=False,
-    ),
-    "Phi3ForCausalLM": Family(Phi3Config, _build_phi3, _phi3_from_hf, _phi3_to_peft, rank_factor=2),
+    "LlamaForCausalLM": Family(_build_llama, _llama_from_hf, _llama_to_peft),
+    "MistralForCausalLM": Family(_build_mistral, _llama_from_hf, _llama_to_peft),
+    "Qwen2ForCausalLM": Family(_build_qwen2, _qwen2_from_hf, _qwen2_to_peft),
+    "GemmaForCausalLM": Family(_build_gemma, _llama_from_hf, _llama_to_peft),
+    "Gemma2ForCausalLM": Family(_build_gemma2, _gemma2_from_hf, _llama_to_peft),
+    "Phi3ForCausalLM": Family(_build_phi3, _phi3_from_hf, _phi3_to_peft),
 }

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,14 @@ from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
-from ttt_harness.training.checkpoint import FAMILIES, ModelShape, load_base_model
+from ttt_harness.training.checkpoint import load_base_model
+from ttt_harness.training.families import FAMILIES
 from ttt_harness.training.layers.compiled import compile_layers, compiling
 from ttt_harness.training.layers.fused import fuse
+from ttt_harness.training.shape import FAST, ModelShape
+
+if TYPE_CHECKING:
+    from ttt_harness.training.general import GeneralDecoder
 
 # torchtune's value for LoRA fine-tuning, which the published fits use.
 WEIGHT_DECAY = 0.01
@@ -71,6 +76,10 @@ class FitResult:
         """
         with _own_stream():
             moved = {name: tensor.to("cpu") for name, tensor in self.tune_state_dict.items()}
+        if self.shape.way == "general":
+            from ttt_harness.training import general
+
+            return general.to_peft(moved)
         return FAMILIES[self.shape.architecture].to_peft(moved, self.shape)
 
 
@@ -95,12 +104,14 @@ class Trainer:
         dropout: float,
         dtype: torch.dtype,
         device: str,
+        context: int | None = None,
         activation_bytes: int | None = None,
         memory_bytes: int | None = None,
     ) -> None:
         """Load the model.
 
         Args:
+            context: tokens that the engine's sequences may have (`max_model_len`); None for the model's own number.
             activation_bytes: what autograd may keep at a time; None takes a share of the weights.
             memory_bytes: what all of the trainer may take of a GPU that others use too; None for no limit.
         """
@@ -109,14 +120,10 @@ class Trainer:
         self.dtype = dtype
         if device != "cpu":
             _keep_to_share(memory_bytes)
-        self.model = load_base_model(
-            model_dir, shape, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
+        self.model, self.adapter = _load(
+            model_dir, shape, context, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype, device=device
         )
-        fuse(self.model)
         on_gpu = device != "cpu"
-        if on_gpu and FAMILIES[shape.architecture].compiled:
-            compile_layers(self.model)
-        self.adapter: dict[str, nn.Parameter] = get_adapter_params(self.model)
         if activation_bytes is None:
             activation_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
             activation_bytes += ACTIVATION_BYTES
@@ -147,8 +154,11 @@ class Trainer:
             on_step: called after each step with (steps done, steps in all, loss).
 
         Raises:
-            ModelError: the fit diverged (a loss or a weight is not finite), or a sequence does not fit in memory.
+            ModelError: the fit diverged (a loss or a weight is not finite), a sequence does not fit in memory, or the
+                model has no embedding for one of its tokens.
         """
+        for sequence in sequences:
+            self.shape.check_tokens(sequence.tokens, what="a training sequence")
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []), compiling():
             torch.manual_seed(seed)
@@ -298,6 +308,25 @@ class Trainer:
         return loss
 
 
+def _load(
+    model_dir: Path, shape: ModelShape, context: int | None, *, device: str, **settings: Any
+) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The base model with LoRA layers, ready to be fitted, and the LoRA weights by the trainer's names."""
+    if shape.way == "general":
+        from ttt_harness.training.general import load_general_model  # imports transformers' models
+
+        if device != "cpu":
+            _log.info("%s is fitted the general way: its layers are not compiled.", shape.architecture)
+        context = context or shape.context_length
+        general = load_general_model(model_dir, context=context, device=device, **settings)
+        return general, general.adapter
+    model = load_base_model(model_dir, shape, device=device, **settings)
+    fuse(model)
+    if device != "cpu" and FAST[shape.architecture].compiled:
+        compile_layers(model)
+    return model, get_adapter_params(model)
+
+
 _shared: tuple[tuple[Any, ...], Trainer] | None = None
 _shared_lock = threading.Lock()
 
@@ -350,11 +379,13 @@ def _own_stream() -> Iterator[None]:
         yield
 
 
-def target_states(model: TransformerDecoder, tokens: Tensor, loss_mask: Tensor, *, recompute: bool = False) -> Tensor:
+def target_states(
+    model: "TransformerDecoder | GeneralDecoder", tokens: Tensor, loss_mask: Tensor, *, recompute: bool = False
+) -> Tensor:
     """The last hidden states, normalized, of the positions from which `model.output` predicts the targets of the loss.
 
     Args:
-        model: a torchtune decoder.
+        model: a decoder of either way.
         tokens: [batch, tokens], padded on the right; under causal attention padding changes nothing before it.
         loss_mask: [batch, tokens], True where the token is a target; False at the first token. It lies on the CPU, so
             that reading the positions does not wait for a GPU.
@@ -364,12 +395,14 @@ def target_states(model: TransformerDecoder, tokens: Tensor, loss_mask: Tensor, 
     Returns:
         [targets, width], in the order of `tokens[loss_mask]`.
     """
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+    at = (rows * tokens.shape[1] + columns).to(tokens.device)
+    if not isinstance(model, TransformerDecoder):
+        return model.states(tokens, recompute=recompute).flatten(0, 1)[at]
     *layers, last = model.layers
     hidden = model.tok_embeddings(tokens)
     for layer in layers:
         hidden = _recomputed(layer, hidden) if recompute else layer(hidden)
-    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
-    at = (rows * tokens.shape[1] + columns).to(tokens.device)
     last_at = functools.partial(_layer_at, last)
     hidden = _recomputed(last_at, hidden, at) if recompute else last_at(hidden, at)
     return model.norm(hidden)

@@ -13,9 +13,9 @@ from training.test_fused import decoder
 
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.training.checkpoint import FAMILIES, ModelShape, read_config
 from ttt_harness.training.layers.compiled import CompiledLayer, _linear, compile_layers, compiling
 from ttt_harness.training.layers.fused import fuse
+from ttt_harness.training.shape import FAST, ModelShape, read_config
 from ttt_harness.training.trainer import Trainer, target_states
 
 pytestmark = [
@@ -112,7 +112,7 @@ def test_a_compiled_fit_of_each_family_is_that_of_the_layers_as_they_are(name, t
     ]
     plain, quick = (Trainer(tmp_path, shape, **LORA, dropout=0.0) for _ in range(2))
     plain_attention = all(isinstance(layer.attn, MultiHeadAttention) for layer in quick.model.layers)
-    assert FAMILIES[shape.architecture].compiled == plain_attention
+    assert FAST[shape.architecture].compiled == plain_attention
     if plain_attention:
         compile_layers(quick.model)
         expected, got = (trainer.fit(sequences, **FIT) for trainer in (plain, quick))
