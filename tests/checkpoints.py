@@ -230,6 +230,28 @@ CHECKPOINTS |= {
 }
 
 
+# The table of ttt_harness/training/README.md: family -> architecture, how it is fitted, and the checkpoints that prove it.
+FAMILY_TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "Llama 2, 3, 3.1, 3.2, 3.3": ("LlamaForCausalLM", "fast", ("llama2", "llama3", "llama3.1", "llama3.2")),
+    "SmolLM2": ("LlamaForCausalLM", "fast", ("smollm2",)),
+    "SmolLM3": ("SmolLM3ForCausalLM", "general", ("smollm3",)),
+    "Mistral": ("MistralForCausalLM", "fast", ("mistral",)),
+    "Mistral NeMo, Small": ("MistralForCausalLM", "general", ("mistral-nemo",)),
+    "Qwen2, Qwen2.5": ("Qwen2ForCausalLM", "fast", ("qwen2", "qwen2.5")),
+    "Qwen3": ("Qwen3ForCausalLM", "general", ("qwen3",)),
+    "Gemma": ("GemmaForCausalLM", "fast", ("gemma",)),
+    "Gemma 2": ("Gemma2ForCausalLM", "fast", ("gemma2",)),
+    "Gemma 3 (270M, 1B)": ("Gemma3ForCausalLM", "general", ("gemma3",)),
+    "Phi-3": ("Phi3ForCausalLM", "fast", ("phi3",)),
+    "Phi-4": ("Phi3ForCausalLM", "fast", ("phi4",)),
+    "Phi-4-mini": ("Phi3ForCausalLM", "general", ("phi4-mini",)),
+    "OLMo 2": ("Olmo2ForCausalLM", "general", ("olmo2",)),
+    "Granite 3": ("GraniteForCausalLM", "general", ("granite",)),
+    "DeepSeek-R1 distills of Qwen2.5": ("Qwen2ForCausalLM", "fast", ("r1-distill-qwen",)),
+    "DeepSeek-R1 distills of Llama 3": ("LlamaForCausalLM", "fast", ("r1-distill-llama",)),
+}
+
+
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     """Write `config` and random weights of the model that it describes to the existing `folder`."""
     import torch

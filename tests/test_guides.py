@@ -55,7 +55,16 @@ def test_files_that_are_named_exist(guide: str) -> None:
 
 
 def test_the_guide_to_training_lists_every_family() -> None:
-    from ttt_harness.training.families import FAMILIES
+    from tests.checkpoints import CHECKPOINTS, FAMILY_TABLE
+    from ttt_harness.training.shape import FAST, ModelShape
 
     text = (ROOT / "ttt_harness" / "training" / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\|[^|]+\| (\w+) \|", text, re.MULTILINE)) == sorted(FAMILIES)
+    rows = re.findall(r"^\| ([^|]+) \| `?(\w+)`? \| (fast|general) \|", text, re.MULTILINE)
+    assert rows == [(family, architecture, way) for family, (architecture, way, _) in FAMILY_TABLE.items()]
+    proven = {name for _, _, names in FAMILY_TABLE.values() for name in names}
+    assert proven == CHECKPOINTS.keys()
+    for architecture, way, names in FAMILY_TABLE.values():
+        for name in names:
+            shape = ModelShape.from_config(CHECKPOINTS[name], where=name)
+            assert (shape.architecture, shape.way) == (architecture, way)
+    assert {architecture for architecture, way, _ in FAMILY_TABLE.values() if way == "fast"} == FAST.keys()

@@ -8,7 +8,8 @@ from ttt_harness.adapters.peft import WEIGHTS_NAME
 from ttt_harness.adapters.size import SMALL_FILES, adapter_bytes, parse_size, size_text
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.families import FAMILIES, ModelShape
+from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.shape import ModelShape
 
 
 def fitted_weights(shape, rank, dtype):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Names, shapes and places of the tensors of a layer in the table of a weights file.
+TABLE_BYTES_OF_LAYER = 2**11
 # The config, and the record with a loss for each step.
 SMALL_FILES = 2**15
 _DTYPES = {2: "BF16", 4: "F32"}  # by their lengths: float16 is "F16", but not fitted
@@ -23,8 +25,12 @@ _DTYPES = {2: "BF16", 4: "F32"}  # by their lengths: float16 is "F16", but not f
 def adapter_bytes(shape: "ModelShape", rank: int, dtype: "torch.dtype") -> int:
     """What an adapter that is fitted with `rank` takes in a store: its weights file to the byte, and the small files.
 
-    The names and shapes are those that the family's own conversion gives to the adapter of a model without storage.
+    The names and shapes are those that the family's own conversion gives to the adapter of a model without storage. Of
+    a model that is fitted the general way the table of names is estimated.
     """
+    if shape.way == "general":
+        weights = shape.adapter_parameters(rank) * dtype.itemsize
+        return weights + shape.num_layers * TABLE_BYTES_OF_LAYER + SMALL_FILES
     import torch
     from torchtune.modules.peft import get_adapter_params
     from torchtune.training import set_default_dtype

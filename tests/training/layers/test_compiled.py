@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from torchtune.modules import MultiHeadAttention
-from training.test_fused import decoder
+from tests.training.layers.test_fused import decoder
 
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.data.sequences import TrainingSequence
