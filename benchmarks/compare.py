@@ -21,7 +21,8 @@ from benchmarks.workload import TaskWork, Tokenizer, Workload
 from ttt_harness.config import TTTConfig, nearest
 from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 
 # In the order in which they run. `same_kernels` is for a CPU only, `turns` for a GPU; `fits`, `prefix` and `engines`
 # are left out on a CPU unless they are asked for.

@@ -77,7 +77,8 @@ def _make(order: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ttt_harness.run.memory import Sizes, gpu_budget, plan_memory
-    from ttt_harness.training.shape import ModelShape, read_config
+    from ttt_harness.training.model_config import read_config
+    from ttt_harness.training.shape import ModelShape
     from ttt_harness.training.trainer import Trainer
 
     idle = resident("VmRSS")

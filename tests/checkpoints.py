@@ -230,7 +230,7 @@ CHECKPOINTS |= {
 }
 
 
-# The table of ttt_harness/training/README.md: family -> architecture, how it is fitted, and the checkpoints that prove it.
+# The table of ttt_harness/training/README.md: family -> architecture, way of fitting, checkpoints that prove it.
 FAMILY_TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Llama 2, 3, 3.1, 3.2, 3.3": ("LlamaForCausalLM", "fast", ("llama2", "llama3", "llama3.1", "llama3.2")),
     "SmolLM2": ("LlamaForCausalLM", "fast", ("smollm2",)),

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS, FAMILY_TABLE
 from ttt_harness.adapters.peft import WEIGHTS_NAME
-from ttt_harness.adapters.size import SMALL_FILES, adapter_bytes, parse_size, size_text
+from ttt_harness.adapters.size import SMALL_FILES, TABLE_BYTES_OF_LAYER, adapter_bytes, parse_size, size_text
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.errors import ConfigError
+from ttt_harness.training import general
 from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.model_config import as_transformers_config
 from ttt_harness.training.shape import ModelShape
 
 
@@ -26,7 +29,7 @@ def fitted_weights(shape, rank, dtype):
 
 @pytest.mark.parametrize(
     ("name", "rank", "dtype"),
-    [(name, 8, torch.bfloat16) for name in CHECKPOINTS]
+    [(name, 8, torch.bfloat16) for _, way, names in FAMILY_TABLE.values() if way == "fast" for name in names]
     + [("llama3", 1, torch.float32), ("phi3", 64, torch.float32), ("qwen2", 32, torch.bfloat16)],
 )
 def test_the_size_is_that_of_the_file(name, rank, dtype, tmp_path):
@@ -38,6 +41,18 @@ def test_the_size_is_that_of_the_file(name, rank, dtype, tmp_path):
     sizes = {path.name: path.stat().st_size for path in stored.path.iterdir()}
     assert adapter_bytes(shape, rank, dtype) - SMALL_FILES == sizes.pop(WEIGHTS_NAME)
     assert sum(sizes.values()) < SMALL_FILES
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi4-mini"])
+def test_the_size_is_about_that_of_the_file_for_models_that_are_fitted_the_general_way(name, tmp_path):
+    config = CHECKPOINTS[name] | {"num_hidden_layers": 12}
+    shape = ModelShape.from_config(config, where=name)
+    model = general.model_without_storage(as_transformers_config(config, where=name))
+    adapter = general.GeneralDecoder(model, rank=8, alpha=8, dropout=0.0).adapter
+    zeros = {key: torch.zeros(tensor.shape, dtype=torch.bfloat16) for key, tensor in adapter.items()}
+    save_file(general.to_peft(zeros), tmp_path / "file")
+    counted = adapter_bytes(shape, 8, torch.bfloat16) - SMALL_FILES
+    assert 0 <= counted - (tmp_path / "file").stat().st_size <= 12 * TABLE_BYTES_OF_LAYER
 
 
 def test_the_size_at_8b():

@@ -13,7 +13,8 @@ from benchmarks.tokenized_dataset import write_sequences
 from ttt_harness.config import TTTConfig
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 
 SEQUENCES = [
     TrainingSequence((5, 6, 7), (False, True, False)),

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.checkpoint import GEOMETRIES, make_checkpoint
 from ttt_harness.errors import ModelError
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration

@@ -15,7 +15,8 @@ from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.run import served_check
 from ttt_harness.run.served_check import compare_served
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.trainer import LogProbabilities, Trainer
 
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}

@@ -15,7 +15,8 @@ from ttt_harness.adapters.peft import write_adapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.families import FAMILIES
-from ttt_harness.training.shape import FAST, ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import FAST, ModelShape
 from ttt_harness.training.trainer import FitResult, Trainer, target_states
 
 FIT = {"batch_size": 2, "epochs": 3, "lr": 2e-2, "warmup_ratio": 0.0, "seed": 7}

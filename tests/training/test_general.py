@@ -12,7 +12,8 @@ from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.general import ADAPTED, AdaptedLinear
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.trainer import Trainer, target_states
 
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}

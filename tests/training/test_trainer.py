@@ -12,7 +12,8 @@ from torchtune.modules.peft import get_adapter_params
 
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.trainer import Trainer, all_finite, delayed, release_trainer, shared_trainer, target_states
 
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}

@@ -32,7 +32,8 @@ from ttt_harness.run.memory import (
     possible_contexts,
 )
 from ttt_harness.serving.engine import default_engine_args
-from ttt_harness.training.shape import ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import ModelShape
 
 # Arguments of vLLM's engine that mean something else here, or nothing, and what to use.
 NOT_HERE = {

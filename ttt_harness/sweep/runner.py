@@ -178,7 +178,8 @@ def shared_engine_args(cell: Cell) -> dict[str, Any]:
     if cell.lora_rank is None:
         return {}
     from ttt_harness.run.model_arguments import local_model, max_lora_rank
-    from ttt_harness.training.shape import ModelShape, read_config
+    from ttt_harness.training.model_config import read_config
+    from ttt_harness.training.shape import ModelShape
 
     args = cell.call["model_args"]
     if args.get("pretrained") is None:

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from ttt_harness.errors import ModelError
 from ttt_harness.training.layers.fused import project
-from ttt_harness.training.shape import as_transformers_config, read_config
+from ttt_harness.training.model_config import as_transformers_config, read_config
 
 # The linear layers that are adapted, by the last part of their names in transformers' models: the queries', the
 # values', attention's output, and the MLP's. A fused layer is adapted as a whole.
@@ -168,7 +168,7 @@ def numbers(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     full = _checked_config(config, where)
     text = full.get_text_config()
     try:
-        model = _on_meta(full)
+        model = model_without_storage(full)
     except Exception as error:  # of a model's own code: sizes that do not fit together, kinds that it does not know
         raise ModelError(
             f"{where} has a config.json of which transformers can make no model ({_line(error)}); correct it."
@@ -306,7 +306,8 @@ def _attention(config: Any) -> str:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
-def _on_meta(config: Any) -> nn.Module:
+def model_without_storage(config: Any) -> PreTrainedModel:
+    """The model of a config on torch's meta device: names and shapes, but no weights."""
     with torch.device("meta"), _quietly():
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=_attention(config), dtype=torch.bfloat16, trust_remote_code=False

@@ -9,13 +9,14 @@ import shutil
 import pytest
 import torch
 from torchtune.modules import MultiHeadAttention
-from tests.training.layers.test_fused import decoder
 
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
+from tests.training.layers.test_fused import decoder
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.training.layers.compiled import CompiledLayer, _linear, compile_layers, compiling
 from ttt_harness.training.layers.fused import fuse
-from ttt_harness.training.shape import FAST, ModelShape, read_config
+from ttt_harness.training.model_config import read_config
+from ttt_harness.training.shape import FAST, ModelShape
 from ttt_harness.training.trainer import Trainer, target_states
 
 pytestmark = [
