@@ -553,6 +553,24 @@ def test_adapters_of_the_users_are_refused_where_they_cannot_answer(parse, adapt
     assert "fitted adapters are LoRA" in refusal(parse, method="ttt", enable_lora=False)
 
 
+def test_a_context_that_vllm_has_no_room_for_is_refused_with_the_longest(parse):
+    # 2 layers of 2 heads of 32 numbers in float32: 1024 bytes for the keys and values of a token
+    room = {"max_model_len": 2048, "kv_cache_memory_bytes": 2048 * 1024}
+    make(parse, **room)
+    said = refusal(parse, **{**room, "kv_cache_memory_bytes": 2048 * 1024 - 1})
+    assert "2048 tokens" in said
+    assert "at most 2016" in said
+    make(parse, max_model_len=2016, kv_cache_memory_bytes=2048 * 1024 - 1)
+
+
+def test_how_much_memory_vllm_takes_on_a_cpu_can_be_said_in_both_ways(parse):
+    assert parse().engine["kv_cache_memory_bytes"] == 4 * 2**30
+    assert parse(kv_cache_memory_bytes=5).engine["kv_cache_memory_bytes"] == 5
+    shared = parse(gpu_memory_utilization=0.4).engine
+    assert "kv_cache_memory_bytes" not in shared
+    assert shared["gpu_memory_utilization"] == 0.4
+
+
 def test_a_format_of_weights_that_vllm_does_not_know_is_refused_before_it_starts(parse):
     assert "Load format `zip` is not supported" in refusal(parse, load_format="zip")
 

@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ttt_harness.adapters.store import AdapterStore, fingerprint
-from ttt_harness.config import TTTConfig
+from ttt_harness.config import LMEvalSettings, TTTConfig
 from ttt_harness.harness.task import support_set_of
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.evaluation import Evaluation
@@ -245,13 +245,14 @@ class TTTVLLM(LM):
 
 def _begin_workers(pretrained: str | None, dtype: str, model_args: Mapping[str, Any]) -> "Pool | None":
     """The workers of a run with `data_parallel_size` above 1, which begin to load; what is wrong is said later."""
-    asked, gpus = (str(model_args.get(name, 1)) for name in ("data_parallel_size", "tensor_parallel_size"))
-    if pretrained is None or not asked.isdecimal() or int(asked) < 2 or not gpus.isdecimal():
+    asked = LMEvalSettings.from_mapping(model_args)
+    workers = asked.data_parallel_size or 1
+    if pretrained is None or workers < 2:
         return None
     TTTConfig.from_mapping(model_args)
     from ttt_harness.cluster.pool import shared_pool
 
-    pool = shared_pool(int(asked), gpus_per_worker=int(gpus))
+    pool = shared_pool(workers, gpus_per_worker=asked.tensor_parallel_size or 1)
     given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
     pool.load({"pretrained": pretrained, "dtype": dtype, **given})
     return pool

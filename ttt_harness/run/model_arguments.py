@@ -91,6 +91,9 @@ LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 # An adapter's effect is seen in so many log-probabilities of a token.
 LEAST_LOGPROBS = 5
 
+# What vLLM's arithmetic holds.
+LARGEST_INT = 2**63
+
 # Metadata of the tasks that come with this package and draw their own data; they may stand in --model_args too.
 DATA_KEYS = ("num_examples", "data_seed")
 
@@ -295,13 +298,15 @@ def _refuse_unknown(model_args: Mapping[str, Any]) -> None:
     lm_eval_args = set(inspect.signature(vllm_causallms.VLLM.__init__).parameters) - {"self", "kwargs"}
     known = {*TTTConfig.names(), *TaskSettings.names(), *DATA_KEYS, *lm_eval_args, "device"}
     known |= {field.name for field in fields(EngineArgs) if not field.name.startswith("_")}
-    for name in model_args:
+    for name, value in model_args.items():
         if name in NOT_HERE:
             raise ConfigError(f"the model argument {name} is not allowed for ttt_vllm: {NOT_HERE[name]}.")
         if name not in known:
             raise ConfigError(
                 f"{name} is not a model argument of ttt_vllm, of lm-eval's vllm or of vLLM.{nearest(name, known)}"
             )
+        if isinstance(value, int) and abs(value) >= LARGEST_INT:
+            raise ConfigError(f"{name}={quoted(value)} is not allowed: it is no number of 64 bits.")
 
 
 def _refuse_with_fits(model_args: Mapping[str, Any], lm_eval: LMEvalSettings, method: str) -> None:
@@ -357,6 +362,8 @@ def _engine_arguments(dtype: str, model_args: Mapping[str, Any]) -> dict[str, An
         engine.pop("cudagraph_capture_sizes", None)  # vLLM takes them from one place only
     if model_args.get("max_batch_size") is not None:
         engine.pop("max_num_seqs", None)  # lm-eval gives it that of its own name
+    if "gpu_memory_utilization" in model_args:
+        engine.pop("kv_cache_memory_bytes", None)  # on a CPU, too, it is the other way to say how much
     if dtype != "auto":
         engine["dtype"] = dtype
     return engine | {name: value for name, value in model_args.items() if name not in others}

@@ -67,7 +67,8 @@ class Answering(vllm_causallms.VLLM):
         adapter: the user's own, which answers where `answer` is given none.
 
     Raises:
-        ModelError: vLLM refuses the model or an argument, or serves this architecture without LoRA.
+        ModelError: vLLM refuses the model or an argument, serves this architecture without LoRA, or has no room for a
+            whole context.
     """
 
     def __init__(self, model_dir: Path, engine: Mapping[str, Any], adapter: UserAdapter | None = None) -> None:
@@ -87,7 +88,7 @@ class Answering(vllm_causallms.VLLM):
                 f"the tokenizer of {engine.get('tokenizer') or model_dir} cannot be read: {reason_of(error)}; copy its "
                 "files again (tokenizer.json and tokenizer_config.json), or name another with tokenizer=."
             ) from error
-        self.model.check_lora()
+        self.model.check()
         self._probed = False
 
     def answer(self, kind: str, requests: Sequence[Instance], adapter: LoRARequest | None) -> list[Any]:

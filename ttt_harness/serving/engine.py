@@ -6,6 +6,7 @@ at the first request, or in the background, so that what is wrong with a run is 
 
 import atexit
 import contextlib
+import copy
 import multiprocessing
 import os
 import textwrap
@@ -34,6 +35,8 @@ from ttt_harness.errors import ModelError
 
 # How long a process that ends waits, at most, for vLLM to have processes that can be ended.
 STOP_SECONDS = 60
+# Bytes for keys and values on a CPU; vLLM would take nine tenths of the memory.
+CPU_KV_CACHE = 4 * 2**30
 
 
 def has_native_bf16() -> bool:
@@ -51,6 +54,8 @@ def default_engine_args() -> dict[str, Any]:
             # The prefix cache keeps whole blocks only; with vLLM's 128 tokens much of a prompt is computed again.
             "block_size": 32,
         }
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # which counts for more than the argument
+            args["kv_cache_memory_bytes"] = CPU_KV_CACHE
         # The engine in this process: two processes less to start, which on two cores is 50 s less to wait. On a GPU
         # it has a process of its own, where it can start and answer while this one fits.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -92,7 +97,7 @@ class Engine:
         if self._config is None:
             before = dict(os.environ)
             try:
-                arguments = EngineArgs(**self.engine_args)
+                arguments = EngineArgs(**copy.deepcopy(self.engine_args))  # which vLLM may change
                 self._config = arguments.create_engine_config(usage_context=UsageContext.LLM_CLASS)
                 get_model_loader(self._config.load_config)  # refuses formats, otherwise at the start only
             except Exception as error:
@@ -104,12 +109,16 @@ class Engine:
                 os.environ.update(before)
         return self._config
 
-    def check_lora(self) -> None:
-        """Check that vLLM has LoRA for the model's architecture, where the engine is to serve adapters.
+    def check(self) -> None:
+        """Check what vLLM would find out at its start only: LoRA for this architecture, and room for one request.
 
         Raises:
-            ModelError: it has not.
+            ModelError: the engine would not start.
         """
+        self._check_lora()
+        self._check_kv_cache()
+
+    def _check_lora(self) -> None:
         if self.config.lora_config is None:
             return
         model = self.config.model_config
@@ -118,6 +127,26 @@ class Engine:
             raise ModelError(
                 f"vLLM serves {architecture} without LoRA adapters; use a model of another architecture, or method=icl "
                 "without lora_local_path and enable_lora."
+            )
+
+    def _check_kv_cache(self) -> None:
+        model, cache, parallel = self.config.model_config, self.config.cache_config, self.config.parallel_config
+        room, dtype = cache.kv_cache_memory_bytes, model.dtype
+        assert isinstance(dtype, torch.dtype), "vLLM has resolved its name"
+        whole_contexts = model.get_sliding_window() is None and not (
+            model.use_mla or model.is_hybrid or model.is_attention_free
+        )
+        if room is None or not whole_contexts or cache.cache_dtype != "auto":
+            return
+        heads = model.get_num_kv_heads(parallel) * model.get_head_size()
+        per_token = 2 * model.get_num_layers(parallel) * heads * dtype.itemsize
+        blocks = -(-model.max_model_len // cache.block_size)
+        if blocks * cache.block_size * per_token > room:
+            most = room // (cache.block_size * per_token) * cache.block_size
+            raise ModelError(
+                f"the keys and values of a context of {model.max_model_len} tokens need "
+                f"{blocks * cache.block_size * per_token / 2**30:.1f} GiB, and vLLM has {room / 2**30:.1f} GiB for "
+                f"them; set max_model_len to at most {most}, or a larger kv_cache_memory_bytes."
             )
 
     @property

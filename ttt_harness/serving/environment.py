@@ -25,7 +25,6 @@ def prepare_environment() -> None:
         # vLLM sets one core aside for its front end, which idles while the engine computes.
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "OMP_NUM_THREADS": str(cores),
-        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
         # Said explicitly, it brings no warning at each process that is started. None of ours tokenizes after a fork.
         "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
