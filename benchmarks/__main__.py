@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import logging
 import os
 import signal
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(growth, tasks=GROWTH_TASKS, limit=10, k=5, permutations=10)
     growth.add_argument("--more-tasks", metavar="NAMES", default=MORE_TASKS, help="the tasks to double by")
     growth.set_defaults(run=_growth)
+
+    workers = commands.add_parser("workers", help="one run on one worker and on several, in turn")
+    _add_work(workers, tasks=TASKS, limit=40, k=10, permutations=40)
+    workers.add_argument("--workers", default="1,2", metavar="NUMBERS", help="default: 1,2")
+    workers.set_defaults(run=_workers)
 
     checkpoint = commands.add_parser("checkpoint", help="write a checkpoint of a published geometry, random weights")
     checkpoint.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
@@ -188,6 +194,39 @@ def _growth(args: argparse.Namespace) -> int:
         print(f"{name}: {value:.2f}")
     print(f"Written: {output}")
     return int(failed)
+
+
+def _workers(args: argparse.Namespace) -> int:
+    from benchmarks import workers
+    from ttt_harness.config import TTTConfig
+
+    numbers = [int(text) for text in _names(args.workers) if text.isdecimal() and int(text) > 0]
+    if not numbers or len(numbers) != len(_names(args.workers)):
+        raise ConfigError(f"--workers {args.workers} is not allowed: write numbers of at least 1, as in 1,2.")
+    output = args.output or ROOT / "benchmarks" / "results" / "workers.json"
+    stated = {name: getattr(args, name) for name in ("model", "limit", "k", "permutations", "seed", "max_model_len")}
+    tasks = _names(args.tasks)
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        output.write_text(json.dumps({"settings": {**stated, "tasks": tasks}, "runs": found}, indent=1) + "\n")
+
+    with _work_folder(args.work) as folder:
+        found = workers.measure(
+            tasks,
+            folder,
+            workers=numbers,
+            runs=args.runs,
+            model=args.model,
+            config=TTTConfig(k=args.k, seed=args.seed, num_permutations=args.permutations),
+            limit=args.limit,
+            engine={"max_model_len": args.max_model_len, "generation_budget": args.generation_budget},
+            seconds=args.stage_limit,
+            say=_say,
+            keep=keep,
+        )
+    print(workers.table(found))
+    print(f"Written: {output}")
+    return 0
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
