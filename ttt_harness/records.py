@@ -22,6 +22,8 @@ class TaskRecord:
     changes_output: whether the adapter changes what the engine answers.
     requests, generate_seconds: how many were answered, and how long the engine took.
     truncated: prompts that lost tokens to the context window.
+    served_check: how near the served adapter is to the trained one, for the first adapter of each worker
+        (`ttt_harness.run.served_check`).
     sampling: the arguments that answers were drawn with; None where they were greedy or only scored.
     """
 
@@ -37,6 +39,7 @@ class TaskRecord:
     generate_seconds: float = 0.0
     truncated: int = 0
     sampling: dict[str, Any] | None = None
+    served_check: dict[str, Any] | None = None
 
     def add_answers(self, more: "TaskRecord") -> None:
         """Count in what a worker has answered; its own record tells nothing else that is not here already."""
@@ -44,6 +47,7 @@ class TaskRecord:
         self.generate_seconds = round(self.generate_seconds + more.generate_seconds, 3)
         if more.changes_output is not None:
             self.changes_output = more.changes_output
+        self.served_check = self.served_check or more.served_check
 
     @property
     def fitted(self) -> bool:
@@ -73,7 +77,7 @@ class TaskRecord:
                 ok = isinstance(value, bool)
             elif one.name == "adapter":
                 ok = isinstance(value, str)
-            elif one.name == "sampling":
+            elif one.name in ("sampling", "served_check"):
                 ok = isinstance(value, dict)
             elif one.name == "losses":
                 value = [x for x in value if _is_number(x)] if isinstance(value, list) else None

@@ -44,13 +44,20 @@ class FakeTrainer:
         name = "base_model.model.model.layers.0.self_attn.q_proj"
         weights = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}
         tokens = sum(len(sequence.tokens) for sequence in sequences)
-        return SimpleNamespace(losses=[0.5], tokens=tokens, seconds=self.seconds, peft_state_dict=lambda: weights)
+        return SimpleNamespace(
+            tune_state_dict={}, losses=[0.5], tokens=tokens, seconds=self.seconds, peft_state_dict=lambda: weights
+        )
+
+    def log_probabilities(self, sequence, _):
+        wanted = sum(sequence.loss_mask)
+        return SimpleNamespace(adapter=(-1.0,) * wanted, base=(-2.0,) * wanted)
 
 
 class FakeEngine:
     """Names an adapter by its key."""
 
     ready = True
+    applies_adapters = True
 
     def __init__(self, log):
         self.log = log
@@ -67,6 +74,9 @@ class FakeEngine:
 
     def changes_output(self, *_):
         return True
+
+    def log_probabilities(self, tokens, adapter):
+        return [-1.0 if adapter and self.applies_adapters else -2.0] * (len(tokens) - 1)
 
 
 class FakeAnswering:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.run.fakes import Log, fake_worker
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.errors import DataError
+from ttt_harness.errors import DataError, ModelError
 from ttt_harness.run.evaluation import Evaluation
 from ttt_harness.run.groups import group_by_task
 from ttt_harness.run.local import LocalCrew
@@ -109,3 +109,19 @@ def test_an_adapter_that_somebody_removes_is_fitted_again(tmp_path, stages):
     again = run(fake_worker(tmp_path, log, stages), ["a", "b", "a"], stored=stored)
     assert sum(what == "fit" for what, *_ in log.spans) == 3
     assert {record.requests for record in again.records.values()} == {3}
+
+
+def test_the_first_adapter_is_compared_with_the_trainer_and_the_others_have_the_cheap_check(tmp_path):
+    records = run(fake_worker(tmp_path, Log()), ["a", "b"]).records
+    assert sorted(record.served_check is not None for record in records.values()) == [False, True]
+    assert all(record.changes_output for record in records.values())
+
+
+@pytest.mark.parametrize("stages", Stages)
+def test_an_engine_that_does_not_apply_the_adapter_ends_the_run_before_it_answers(tmp_path, stages):
+    log = Log()
+    worker = fake_worker(tmp_path, log, stages)
+    worker.answering.model.applies_adapters = False
+    with pytest.raises(ModelError, match=r"vLLM does not apply the adapter.*nothing was answered"):
+        run(worker, ["a", "b"])
+    assert not any(what.startswith("answer") for what, *_ in log.spans)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from ttt_harness.adapters.size import adapter_bytes, size_text
 from ttt_harness.adapters.store import AdapterStore, fingerprint
 from ttt_harness.config import LMEvalSettings, TTTConfig
 from ttt_harness.harness.task import support_set_of
@@ -163,6 +164,7 @@ class TTTVLLM(LM):
             epochs=self.config.epochs or 0,
             store=str(self.store.root),
         )
+        self._check_room(len(evaluation.to_fit))
         with RunProgress(evaluation.work) as progress:
             if self.arguments.memory is not None and evaluation.to_fit:
                 progress.say(self.arguments.memory.reason)
@@ -211,6 +213,21 @@ class TTTVLLM(LM):
             if adapter := self.store.load(key):
                 found[key] = record_of(adapter, reused=True)
         return found
+
+    def _check_room(self, fits: int) -> None:
+        """Say what the adapters that have to be fitted take on disk.
+
+        Raises:
+            StoreError: there is no room for them.
+        """
+        if not fits:
+            return
+        assert self.arguments.shape is not None
+        needed = fits * adapter_bytes(self.arguments.shape, self.config.lora_rank, self.answering.dtype)
+        free = self.store.check_room(needed)
+        _log.info(
+            "%d adapters to fit take %s in %s; %s are free.", fits, size_text(needed), self.store.root, size_text(free)
+        )
 
     @contextlib.contextmanager
     def _crew(self, progress: RunProgress) -> Iterator[Crew]:

@@ -14,9 +14,12 @@ from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.orders import FitOrder, Report
+from ttt_harness.run.served_check import LogProbabilities
 
 # Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
 FIT_VERSION = 4
+# Of a training sequence, enough to compare trainer and engine by.
+PROBE_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class FitResult(Protocol):
     def seconds(self) -> float:
         """Wall-clock."""
 
+    @property
+    def tune_state_dict(self) -> dict[str, Any]:
+        """torchtune name -> tensor, where the trainer is."""
+
     def peft_state_dict(self) -> dict[str, Any]:
         """PEFT name -> tensor on the CPU."""
 
@@ -99,6 +106,9 @@ class Trainer(Protocol):
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> FitResult:
         """Fit an adapter."""
+
+    def log_probabilities(self, sequence: TrainingSequence, tune_state_dict: dict[str, Any]) -> LogProbabilities:
+        """Of the tokens in the loss mask of `sequence`, with an adapter and without."""
 
 
 class Fitter:
@@ -128,6 +138,8 @@ class Fitter:
         self._said = said
         self._loaded: dict[str, StoredAdapter] = {}
         self._writing: dict[str, Future[StoredAdapter]] = {}
+        self._probed: dict[str, tuple[TrainingSequence, LogProbabilities]] = {}
+        self._probes = 0
         # Writes an adapter while the next one is fitted.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._lock = threading.Lock()
@@ -160,13 +172,18 @@ class Fitter:
             held.enter_context(self.store.fitting(order.key))
             if found := self.stored(order.key):
                 return record_of(found, reused=True)
-            result = self._trainer().fit(
+            trainer = self._trainer()
+            result = trainer.fit(
                 order.sequences,
                 **self.settings.loop(),
                 on_step=lambda done, steps, loss: report(
                     done / steps, f"{order.where}: fitting, step {done}/{steps}, loss {loss:.3f}", False
                 ),
             )
+            if not self._probes:
+                self._probes += 1
+                probe = probe_of(order.sequences)
+                self._probed[order.key] = probe, trainer.log_probabilities(probe, result.tune_state_dict)
             wait(list(self._writing.values()))  # else a slow store would have adapters pile up on the GPU
             record = self._record(order, result)
             self._writing[order.key] = self._writer.submit(self._save, order.key, result, record, held.pop_all())
@@ -177,6 +194,10 @@ class Fitter:
             losses=record["losses"],
             fit_seconds=record["fit_seconds"],
         )
+
+    def probed(self, key: str) -> tuple[TrainingSequence, LogProbabilities] | None:
+        """A sequence and its log-probabilities in the trainer, of the first adapter that was fitted here; once."""
+        return self._probed.pop(key, None)
 
     def _record(self, order: FitOrder, result: FitResult) -> dict[str, Any]:
         return {
@@ -205,6 +226,18 @@ class Fitter:
     def close(self) -> None:
         """Wait for what is being written."""
         self._writer.shutdown()
+
+
+def probe_of(sequences: Sequence[TrainingSequence]) -> TrainingSequence:
+    """The beginning of a training sequence, with some tokens in its loss mask.
+
+    For all of a long one the engine would hold logits that no memory is planned for.
+    """
+    first = sequences[0]
+    end = len(first.tokens)
+    if any(first.loss_mask[:PROBE_TOKENS]):
+        end = PROBE_TOKENS
+    return TrainingSequence(first.tokens[:end], first.loss_mask[:end])
 
 
 def record_of(adapter: StoredAdapter, *, reused: bool) -> TaskRecord:

@@ -7,6 +7,8 @@ does what, and when, is the business of `executor`.
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter
@@ -15,12 +17,13 @@ from ttt_harness.records import TaskRecord
 from ttt_harness.run.fitter import Fitter, record_of
 from ttt_harness.run.orders import Answered, AnswerOrder, FitOrder, Fitted, Report
 from ttt_harness.run.schedule import Stages
+from ttt_harness.run.served_check import compare_served
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Enough of a text to tell a model with an adapter from one without.
-PROBE_TOKENS = 32
+SHORT_PROBE = 32
 
 
 class AdapterGone(StoreError):
@@ -34,6 +37,14 @@ class Answering(Protocol):
 
     def answer(self, kind: str, requests: "Sequence[Any]", adapter: Any) -> list[Any]:
         """Answer requests with lm-eval's method `kind`, with an adapter or with the base model."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engine's log-probabilities of some tokens, each shape [tokens]: with an adapter, and from the base model."""
+
+    adapter: tuple[float, ...]
+    base: tuple[float, ...]
 
 
 class Worker:
@@ -100,20 +111,45 @@ class Worker:
             TTTError: the engine or the store fails.
         """
         record, adapter = TaskRecord(), None
-        if order.key is not None:
-            stored = self.stored(order.key)
-            record, adapter = record_of(stored, reused=True), self.answering.model.adapter(order.key, stored.path)
-        with self._engine_lock:
+        with ExitStack() as held:
+            if order.key is not None:
+                stored = self.stored(order.key)
+                if held.enter_context(self.store.using(order.key)) is None:
+                    raise AdapterGone(f"the adapter {order.key} is no longer in {self.store.root}.")
+                record, adapter = record_of(stored, reused=True), self.answering.model.adapter(order.key, stored.path)
+            held.enter_context(self._engine_lock)
             if self.stages is Stages.ALTERNATING:
                 self._release_trainer()
             if not self.answering.model.ready:
                 report(0.0, f"{order.where}: starting vLLM", True)
             self.answering.model.start()  # here, so that its time is not counted as the first task's
             report(0.0, f"{order.where}: answering {len(order.requests)} requests", True)
-            if adapter is not None and order.probe is not None:
-                record.changes_output = self.answering.model.changes_output(adapter, order.probe.tokens[:PROBE_TOKENS])
+            if adapter is not None:
+                self._check_served(order, adapter, record)
             start = time.perf_counter()
             values = self.answering.answer(order.kind, order.requests, adapter)
             record.generate_seconds = round(time.perf_counter() - start, 3)
         record.requests = len(order.requests)
         return Answered(values, record)
+
+    def _check_served(self, order: AnswerOrder, adapter: Any, record: TaskRecord) -> None:
+        """Find out whether the engine serves what was trained: closely for the first adapter that was fitted here.
+
+        Raises:
+            ModelError: it serves something else.
+        """
+        engine = self.answering.model
+        probed = self._fitter.probed(order.key) if self._fitter and order.key else None
+        if probed is None or self._fitter is None:
+            if order.probe is not None:
+                record.changes_output = engine.changes_output(adapter, order.probe.tokens[:SHORT_PROBE])
+            return
+        sequence, trained = probed
+
+        def served(request: Any) -> tuple[float, ...]:
+            of_tokens = engine.log_probabilities(sequence.tokens, request)
+            return tuple(value for value, wanted in zip(of_tokens, sequence.loss_mask[1:], strict=True) if wanted)
+
+        check = compare_served(trained, Served(served(adapter), served(None)), dtype=self._fitter.settings.dtype)
+        record.served_check, record.changes_output = check.as_record(), check.served_effect > 0
+        check.raise_if_failed(f"{order.task} with the adapter {self.store.root / str(order.key)}")

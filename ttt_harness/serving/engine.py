@@ -266,6 +266,18 @@ class Engine:
             seen.append({token: entry.logprob for token, entry in (logprobs[0] or {}).items()})
         return seen[0] != seen[1]
 
+    def log_probabilities(self, tokens: Sequence[int], adapter: LoRARequest | None) -> list[float]:
+        """Natural log-probabilities of `tokens` after the first, each given those before it: shape [tokens - 1].
+
+        Raises:
+            ModelError: see `generate`.
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self.generate([{"prompt_token_ids": list(tokens)}], params, lora_request=adapter)
+        assert output.prompt_logprobs is not None
+        found = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        return [of_token[token].logprob for token, of_token in found if of_token is not None]
+
     def adapter(self, name: str, path: Path) -> LoRARequest:
         """The adapter in the PEFT directory `path`, under a name and a number of its own: vLLM's caches go by them."""
         if name not in self._adapters:
