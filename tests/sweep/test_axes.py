@@ -14,8 +14,8 @@ from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.errors import ConfigError
 from ttt_harness.methods import SETTINGS
 from ttt_harness.sweep.axes import AXES, NOT_AXES, matters, parse_points, point_text, value_text
-from ttt_harness.sweep.cells import note_grid
 from ttt_harness.sweep.grid import Cell, cells_of
+from ttt_harness.sweep.notes import note_grid
 from ttt_harness.sweep.runner import run_cells, shared_engine_args
 
 

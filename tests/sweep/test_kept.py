@@ -14,8 +14,10 @@ from ttt_harness import cli
 from ttt_harness.errors import ConfigError
 from ttt_harness.sweep import cells as cells_module
 from ttt_harness.sweep import runner
-from ttt_harness.sweep.cells import FAILED, GRID, LOCK, MARK, PARTIAL, RECORD, note_grid, written
+from ttt_harness.sweep.cells import LOCK, PARTIAL, written
+from ttt_harness.sweep.found import MARK, RECORD
 from ttt_harness.sweep.grid import Cell, cells_of
+from ttt_harness.sweep.notes import FAILED, GRID, note_grid
 from ttt_harness.sweep.runner import run_cells
 
 CALL = {"tasks": ["t"], "model_args": {"pretrained": "m"}, "metadata": {}}

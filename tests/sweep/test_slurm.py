@@ -12,9 +12,9 @@ from ttt_harness.errors import ConfigError
 from ttt_harness.report import summary
 from ttt_harness.report.results import find_runs
 from ttt_harness.sweep import runner
-from ttt_harness.sweep.cells import GRID as GRID_FILE
 from ttt_harness.sweep.cells import LOCK, locked
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.sweep.notes import GRID as GRID_FILE
 from ttt_harness.sweep.runner import run_cells
 from ttt_harness.sweep.slurm import Resources, minutes
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt_harness.errors import ConfigError
+from ttt_harness.serving.environment import prepare_environment
 from ttt_harness.sweep.grid import Cell
 from ttt_harness.sweep.lm_eval_call import load_tasks
 
@@ -77,12 +78,13 @@ def encoder(model_args: Mapping[str, Any]) -> Encode:
         ConfigError: they name none, or it cannot be loaded.
         ModelError: the model cannot be fetched.
     """
+    if not model_args.get("pretrained"):
+        raise ConfigError("pretrained is missing: name the model whose tokens are counted with --model_args.")
+    prepare_environment()  # before vLLM is imported
     from transformers import AutoTokenizer
 
     from ttt_harness.run.model_arguments import local_model
 
-    if not model_args.get("pretrained"):
-        raise ConfigError("pretrained is missing: name the model whose tokens are counted with --model_args.")
     folder = local_model(str(model_args["pretrained"]), model_args.get("revision"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

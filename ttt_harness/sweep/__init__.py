@@ -4,7 +4,9 @@
     grid.py           the cells of a grid: method, point and seed, and the call of lm_eval that each makes
     grid_file.py      the same from a YAML file
     lm_eval_call.py   options of lm_eval: parsed, checked, run
-    cells.py          a cell's folder: what is done, what it was done with, and how it gets there in one step
+    cells.py          a cell's folder, and how it gets there in one step
+    found.py          what is in it: what is done, what it was done with, what cannot be read
+    notes.py          notes beside the cells: the last grid, and why a cell failed
     display.py        one progress display for the whole
     runner.py         checks everything, then runs cell after cell through lm-eval's own command
     slurm.py          the same cells as the jobs of a SLURM array

@@ -14,6 +14,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -134,6 +135,8 @@ def _check_values(call: Call) -> None:
             f"--limit {quoted(limit)} is not allowed: it must be a number of questions, at least 1, or a share of "
             "them between 0 and 1; leave it out for all of them."
         )
+    if call.get("include_path") and not Path(call["include_path"]).is_dir():
+        raise ConfigError(f"--include_path {call['include_path']} is no folder; give the one that holds your YAMLs.")
     if call.get("use_cache"):
         raise ConfigError(
             "--use_cache is not allowed in a sweep: lm-eval's cache knows an answer by its prompt, not by the method "

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ttt_harness.errors import ConfigError
-from ttt_harness.sweep.cells import named_cell
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.sweep.notes import named_cell
 
 FOLDER = "slurm"
 

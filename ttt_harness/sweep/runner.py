@@ -17,17 +17,10 @@ from typing import Any
 from ttt_harness.config import TaskSettings, TTTConfig
 from ttt_harness.methods import SETTINGS
 from ttt_harness.run.progress import showing
-from ttt_harness.sweep.cells import (
-    KeptError,
-    check_place,
-    finish_left,
-    found,
-    is_partial,
-    note_failure,
-    note_grid,
-    written,
-)
+from ttt_harness.serving.environment import prepare_environment
+from ttt_harness.sweep.cells import check_place, finish_left, is_partial, written
 from ttt_harness.sweep.display import SweepDisplay
+from ttt_harness.sweep.found import KeptError, found
 from ttt_harness.sweep.grid import Call, Cell
 from ttt_harness.sweep.lm_eval_call import (
     evaluator_config,
@@ -38,6 +31,7 @@ from ttt_harness.sweep.lm_eval_call import (
     run_lm_eval,
     sentence,
 )
+from ttt_harness.sweep.notes import note_failure, note_grid
 from ttt_harness.terminal import INTERRUPTED, complain
 
 Execute = Callable[[Call], None]
@@ -177,6 +171,7 @@ def shared_engine_args(cell: Cell) -> dict[str, Any]:
     """
     if cell.lora_rank is None:
         return {}
+    prepare_environment()  # before vLLM is imported
     from ttt_harness.run.model_arguments import local_model, max_lora_rank
     from ttt_harness.training.model_config import read_config
     from ttt_harness.training.shape import ModelShape

@@ -11,8 +11,10 @@ from pathlib import Path
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.locks import is_locked
 from ttt_harness.sweep.axes import AXES
-from ttt_harness.sweep.cells import FAILED, LOCK, PARTIAL, failure, is_partial, look, named_cell, noted_grid
+from ttt_harness.sweep.cells import LOCK, PARTIAL, is_partial
+from ttt_harness.sweep.found import look
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.sweep.notes import FAILED, failure, named_cell, noted_grid
 from ttt_harness.sweep.queue import ACTIVE, QUEUED, job_states, last_words, submitted_cells
 from ttt_harness.terminal import visible
 
