@@ -105,6 +105,13 @@ PATCHES: dict[str, Patch] = {
         f"{_LM_EVAL}/issues/4084",
         "a mistyped task in --samples has all of its examples evaluated",
     ),
+    "lm_eval: aggregation of groups": Patch(
+        "lm_eval.api.group:Group.aggregate",
+        ("task_metrics",),
+        "lm-eval takes a function as a group's aggregation, and computes the mean.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/api/group.py",
+        "the harmonic mean of bbeh_ttt is missing",
+    ),
     "lm_eval: command": Patch(
         "lm_eval._cli.harness:HarnessCLI.execute",
         ("args",),

@@ -186,6 +186,29 @@ def add_selection() -> None:
     patches.apply("lm_eval: selection of examples", checking)
 
 
+def add_group_aggregations() -> None:
+    """Have a group's aggregation that is a function computed as well, as METRIC_FUNCTION beside the mean."""
+
+    def computing(aggregate: Callable[..., Any]) -> Callable[..., Any]:
+        def aggregate_and_compute(self: Any, task_metrics: Any) -> Any:
+            scores = aggregate(self, task_metrics)
+            results = [task_metrics[task.task_name] for task in self.get_all_tasks() if task.task_name in task_metrics]
+            for wanted in self.aggregate_metric_list or ():
+                if not callable(wanted.aggregation):
+                    continue
+                for name in wanted.filter_list or ["none"]:
+                    values = [found[key] for found in results if (key := f"{wanted.metric},{name}") in found]
+                    if values:
+                        key = f"{wanted.metric}_{wanted.aggregation.__name__}"
+                        scores[f"{key},{name}"] = wanted.aggregation(values)
+                        scores[f"{key}_stderr,{name}"] = "N/A"
+            return scores
+
+        return aggregate_and_compute
+
+    patches.apply("lm_eval: aggregation of groups", computing)
+
+
 def add_endings() -> None:
     """Have lm-eval's command end with one sentence where a task or a model of ours refuses to go on."""
 
@@ -202,6 +225,7 @@ def add_endings() -> None:
 # Not earlier: lm-eval registers its own models only when it finds the registry empty.
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
     "lm_eval._cli.harness": add_endings,
+    "lm_eval.api.group": add_group_aggregations,
     "lm_eval.config.evaluate_config": add_command_line_seeds,
     "lm_eval.defaults": add_seeds,
     "lm_eval.evaluator": add_selection,
