@@ -39,6 +39,10 @@ class ClusterError(TTTError):
     """Workers could not be started, differ from the driver, or were lost again and again."""
 
 
+class ResultsError(TTTError):
+    """The results of a run cannot be written, or a task could not be scored."""
+
+
 class ReportError(TTTError):
     """A results file is missing, damaged, or cannot be compared with another."""
 

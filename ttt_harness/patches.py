@@ -119,6 +119,27 @@ PATCHES: dict[str, Patch] = {
         f"{_LM_EVAL}/blob/v0.4.13/lm_eval/_cli/harness.py",
         "errors end lm_eval with a traceback",
     ),
+    "lm_eval: run": Patch(
+        "lm_eval._cli.run:Run._execute",
+        ("args",),
+        "A run that could not score a task or write its results does all else, and then ends with status 1.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/_cli/run.py",
+        "a task that cannot be scored ends the run before the others are scored",
+    ),
+    "lm_eval: saving of results": Patch(
+        "lm_eval.loggers.evaluation_tracker:EvaluationTracker.save_results_aggregated",
+        ("results", "samples"),
+        "lm-eval warns of results that it cannot write, drops them, and ends with status 0.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/loggers/evaluation_tracker.py",
+        "results that cannot be written are only warned of",
+    ),
+    "lm_eval: saving of samples": Patch(
+        "lm_eval.loggers.evaluation_tracker:EvaluationTracker.save_results_samples",
+        ("task_name", "samples"),
+        "As above, for the samples of a task.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/loggers/evaluation_tracker.py",
+        "samples that cannot be written are only warned of",
+    ),
     "lm_eval: engine of its vllm class": Patch(
         "lm_eval.models.vllm_causallms:LLM",
         type,

@@ -31,6 +31,7 @@ from typing import Any
 
 from ttt_harness import patches
 from ttt_harness.errors import TTTError, ending_in_one_sentence
+from ttt_harness.serving.environment import prepare_environment
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
@@ -215,6 +216,8 @@ def add_endings() -> None:
     def ending(execute: Callable[..., Any]) -> Callable[..., Any]:
         def execute_and_end(self: Any, args: Any) -> Any:
             with ending_in_one_sentence():
+                if getattr(args, "model", None) == "ttt_vllm":
+                    prepare_environment()  # some of it has to stand there before lm-eval imports torch
                 return execute(self, args)
 
         return execute_and_end
@@ -222,9 +225,25 @@ def add_endings() -> None:
     patches.apply("lm_eval: command", ending)
 
 
+def add_watch() -> None:
+    """Have a run of lm-eval's tell what was not scored or not written, and end with status 1 because of it."""
+
+    def watched(execute: Callable[..., Any]) -> Callable[..., Any]:
+        def execute_watched(args: Any) -> Any:
+            from ttt_harness.harness.results import watching_run
+
+            with watching_run():
+                return execute(args)
+
+        return execute_watched
+
+    patches.apply("lm_eval: run", watched)
+
+
 # Not earlier: lm-eval registers its own models only when it finds the registry empty.
 AFTER_IMPORT: dict[str, Callable[[], None]] = {
     "lm_eval._cli.harness": add_endings,
+    "lm_eval._cli.run": add_watch,
     "lm_eval.api.group": add_group_aggregations,
     "lm_eval.config.evaluate_config": add_command_line_seeds,
     "lm_eval.defaults": add_seeds,

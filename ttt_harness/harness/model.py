@@ -26,6 +26,7 @@ from lm_eval.api.model import LM
 from ttt_harness.adapters.size import adapter_bytes, size_text
 from ttt_harness.adapters.store import AdapterStore, fingerprint
 from ttt_harness.config import LMEvalSettings, TTTConfig
+from ttt_harness.harness import results
 from ttt_harness.harness.task import support_set_of
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.evaluation import Evaluation
@@ -124,6 +125,7 @@ class TTTVLLM(LM):
             "dtype": self.answering.dtype_name,
             "device": self._local.fit_device(),
         }
+        results.answers_are_scored()
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
@@ -142,6 +144,7 @@ class TTTVLLM(LM):
         Raises:
             TTTError: a task cannot be fitted or asked, or the run fails; see `run.evaluation.Evaluation`.
         """
+        keep = results.keep_answers(requests)
         requests = self.answering.seeded(kind, requests, seed=self.config.seed)
         groups = group_by_task(requests)
         fitted = [group for group in groups if self._is_fitted(group, requests, kind)]
@@ -163,6 +166,7 @@ class TTTVLLM(LM):
             stored=self._stored(fitted),
             epochs=self.config.epochs or 0,
             store=str(self.store.root),
+            keep=keep,
         )
         self._check_room(len(evaluation.to_fit))
         with RunProgress(evaluation.work) as progress:

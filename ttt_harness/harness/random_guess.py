@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ttt_harness.config import TaskSettings
+from ttt_harness.harness import results
 
 
 class RandomGuess(LM):
@@ -34,12 +35,12 @@ class RandomGuess(LM):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """One of the task's choices for each request, or an empty text where the task has none."""
         draw = self._draw()
-        return [_pick(draw(request), getattr(request, "choices", None)) for request in requests]
+        return _kept(requests, [_pick(draw(request), getattr(request, "choices", None)) for request in requests])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """A random score from -1 to 0 for each continuation; the likeliest of several is any of them equally often."""
         draw = self._draw()
-        return [(-draw(request).random(), False) for request in requests]
+        return _kept(requests, [(-draw(request).random(), False) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """A random score from -1 to 0 for each text."""
@@ -56,6 +57,7 @@ class RandomGuess(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to `config` in its results: by these settings the reports know a run of random guesses."""
+        results.answers_are_scored()
         return {"ttt": {"settings": {"method": "random", "seed": self.seed}, "tasks": {}}}
 
     def _draw(self) -> Any:
@@ -67,6 +69,12 @@ class RandomGuess(LM):
             return of_task.setdefault(task, random.Random(f"{self.seed} {task}"))
 
         return numbers
+
+
+def _kept(requests: Sequence[Instance], answers: list[Any]) -> list[Any]:
+    """`answers`, which are on disk until the results are written."""
+    results.keep_answers(requests)(requests, answers)
+    return answers
 
 
 def _pick(numbers: random.Random, choices: Sequence[str] | None) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ttt_harness.errors import ClusterError, TTTError
@@ -33,6 +33,7 @@ class Evaluation:
         stored: key -> the record of an adapter that is in the store; the others are fitted.
         epochs: of a fit.
         store: the store, as messages name it.
+        keep: called with requests and their answers as soon as these are there.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class Evaluation:
         stored: Mapping[str, TaskRecord],
         epochs: int,
         store: str,
+        keep: Callable[[Sequence[Any], Sequence[Any]], None] = lambda *_: None,
     ) -> None:
         self.answers: list[Any] = [None] * len(requests)
         self.records: dict[str, TaskRecord] = {}
         self._groups, self._requests, self._kind = groups, requests, kind
-        self._epochs, self._store = epochs, store
+        self._epochs, self._store, self._keep = epochs, store, keep
         self._adapters = dict(stored)
         self._first = {group.key: number for number, group in reversed(list(enumerate(groups))) if group.key}
         self._fit_work = {key: self._work_of_fit(key) for key in self._first if key not in stored}
@@ -107,7 +109,9 @@ class Evaluation:
             return
         assert isinstance(outcome, Answered)
         group = self._groups[piece.task]
-        for index, value in zip(group.indices[piece.start : piece.stop], outcome.values, strict=True):
+        indices = group.indices[piece.start : piece.stop]
+        self._keep([self._requests[index] for index in indices], outcome.values)
+        for index, value in zip(indices, outcome.values, strict=True):
             self.answers[index] = value
         if group.task not in self.records:
             self.records[group.task] = self._record_of(piece.task)

@@ -114,7 +114,7 @@ def _has(folder: Path, name: str) -> bool:
 def _left_by_first_version(partial: Path) -> bool:
     """Whether a killed sweep of version 0.1, which set no mark, has left the folder: nothing, or parts of results."""
     files = files_in(partial)
-    own = all(file.name.startswith(("results_", "samples_")) or file == partial / RECORD for file in files)
+    own = all(file.name.startswith(("answers_", "results_", "samples_")) or file == partial / RECORD for file in files)
     return own and ((partial / RECORD) in files or not runs_in(partial)[0])
 
 
