@@ -57,7 +57,7 @@ def test_an_error_is_one_line(capsys):
     def fails() -> int:
         raise ReportError("no task \x1b[2J\nfound.")
 
-    assert run_command(fails) == 1
+    assert run_command(fails, ReportError) == 1
     assert capsys.readouterr().err == "error: no task [U+001B][2J found.\n"
 
 
@@ -66,14 +66,14 @@ def test_an_error_of_something_else_is_not_blamed_on_the_output():
         raise BrokenPipeError(32, "a worker has gone")
 
     with pytest.raises(BrokenPipeError):
-        run_command(fails)
+        run_command(fails, ReportError)
 
 
 def test_ctrl_c_is_one_line(capsys):
     def stopped() -> int:
         raise KeyboardInterrupt
 
-    assert run_command(stopped) == 130
+    assert run_command(stopped, ReportError) == 130
     assert capsys.readouterr().err == "Stopped.\n"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_harness import __version__
-from ttt_harness.errors import ConfigError, ReportError
+from ttt_harness.errors import ConfigError, ReportError, TTTError
 from ttt_harness.extras import missing_part
 from ttt_harness.terminal import complain, run_command
 
@@ -21,7 +21,7 @@ Subparsers = Any  # argparse._SubParsersAction has no public name
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (by default the process's own). Returns the exit status; bad input is one sentence."""
-    return run_command(lambda: _run(argv))
+    return run_command(lambda: _run(argv), TTTError)
 
 
 def _run(argv: Sequence[str] | None) -> int:

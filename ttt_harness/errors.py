@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from ttt_harness.terminal import complain
+
 
 class TTTError(Exception):
     """Base of everything this package raises on purpose. The only argument is the message, so that it pickles."""
@@ -61,7 +63,7 @@ def ending_in_one_sentence() -> Iterator[None]:
     except TTTError as error:
         if debugging():
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         raise SystemExit(1) from None
 
 
@@ -76,7 +78,7 @@ def report_errors_in_one_sentence() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, TTTError) and not debugging():
-            print(f"error: {error}", file=sys.stderr)
+            complain(f"error: {error}")
         else:
             previous(kind, error, trace)
 

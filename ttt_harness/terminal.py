@@ -14,8 +14,6 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ttt_harness.errors import TTTError
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -84,12 +82,12 @@ def complain(text: object) -> None:
         _discard(sys.stderr)
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], refusal: type[Exception]) -> int:
     """Run a command and return its exit status.
 
-    A `TTTError` is its sentence on stderr, status 1. A reader that has seen enough (`| head`) ends the command quietly;
-    an output that is full, with a sentence, status 1. Output without a character (ASCII, Latin-1) gets another in its
-    place. Ctrl-C is one line, status 130. Other exceptions, `SystemExit` among them, go to the caller.
+    A `refusal` that it raises is its sentence on stderr, status 1. A reader that has seen enough (`| head`) ends the
+    command quietly; an output that is full, with a sentence, status 1. Output without a character (ASCII, Latin-1) gets
+    another in its place. Ctrl-C is one line, status 130. Other exceptions, `SystemExit` among them, go to the caller.
     """
     _open_what_is_closed()
     out, err = _watch("stdout"), _watch("stderr")
@@ -98,7 +96,7 @@ def run_command(command: Callable[[], int]) -> int:
             return command()
         finally:
             sys.stdout.flush()
-    except TTTError as error:
+    except refusal as error:
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:

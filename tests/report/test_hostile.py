@@ -5,6 +5,7 @@ it. The seeds are fixed: a failure names the one that shows it again.
 """
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -285,6 +286,24 @@ class TestOldSamples:
         assert [s.values for s in run.samples("t", "strict")] == [{"acc": 1.0}, {"acc": 0.0}, {"acc": 1.0}]
         assert [s.values for s in run.samples("t", "loose")] == [{"acc": 1.0}] * 3
         assert {s.answer for s in run.samples("t", "loose")} == {"loose"}
+
+    def test_before_there_were_hashes_they_are_those_of_today(self, old, tmp_path):
+        """A run of lm-eval 0.4.2 is paired with one of today: the hashes are made as lm-eval makes them."""
+        new = write_run(tmp_path / "new", {"t": [1.0, 1.0, 1.0]}, filter_name="strict")
+        samples = next(new.parent.glob("samples_*"))
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        for line in lines:
+            text = json.dumps(line["doc"], indent=2, ensure_ascii=False)
+            line["doc_hash"] = hashlib.sha256(text.encode()).hexdigest()
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        samples = next(old.parent.glob("samples_*"))
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        for line in lines:
+            del line["doc_hash"], line["prompt_hash"], line["target_hash"]
+        samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        against = compare_runs(read_run(old), [read_run(new)]).others[0]
+        assert against.rows[0].paired
+        assert not any("Prompts differ" in warning for warning in against.warnings)
 
     def test_they_are_paired(self, old, tmp_path):
         new = write_run(tmp_path / "new", {"t": [1.0, 1.0, 1.0]}, filter_name="strict")

@@ -4,6 +4,7 @@ The layouts of lm-eval 0.4.0 to 0.4.13 are read: requests as lists or as mapping
 lines name neither their filter nor their metrics.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -56,14 +57,19 @@ def sample(line: Mapping[str, Any], metrics: Collection[str]) -> Sample:
     doc_id = line["doc_id"]
     return Sample(
         doc_id=int(doc_id) if _is_number(doc_id) else -1,
-        doc_hash=str(line.get("doc_hash") or json.dumps(line.get("doc", doc_id), sort_keys=True, default=str)),
-        prompt_hash=str(line.get("prompt_hash") or ""),
+        doc_hash=str(line.get("doc_hash") or _hash(json.dumps(line.get("doc", doc_id), indent=2, ensure_ascii=False))),
+        prompt_hash=str(line.get("prompt_hash") or _hash(_text(calls[0][0]))),
         prompt=_text(calls[0][0]),
         target=_target(line.get("target"), calls),
         answer=answer,
         responses=tuple(responses),
         values={name: float(line[name]) for name in names if name != NO_SCORE and _is_number(line.get(name))},
     )
+
+
+def _hash(text: str) -> str:
+    """As lm-eval makes the hashes that its older versions did not write."""
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _calls(arguments: Any) -> list[list[Any]]:
