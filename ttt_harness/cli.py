@@ -133,7 +133,7 @@ def _add_report(subparsers: Subparsers) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ttt_harness.report.page import build_page
+    from ttt_harness.report.page.page import build_page
     from ttt_harness.report.results import find_run, same_run, search_runs
 
     named, remarks = [], []

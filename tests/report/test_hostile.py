@@ -21,7 +21,7 @@ from ttt_harness import cli
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import compare_runs
 from ttt_harness.report.files import parse
-from ttt_harness.report.page import build_page
+from ttt_harness.report.page.page import build_page
 from ttt_harness.report.results import find_run, find_runs, read_run, search_runs
 from ttt_harness.report.seeds import find_compared
 

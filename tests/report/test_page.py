@@ -12,9 +12,9 @@ import pytest
 from tests.report.runs import ttt, write_run
 from ttt_harness import cli
 from ttt_harness.errors import ReportError
-from ttt_harness.report.figures import costs, group_by_seed
-from ttt_harness.report.page import build_page, embeddable
-from ttt_harness.report.questions import shared_start
+from ttt_harness.report.page.figures import costs, group_by_seed
+from ttt_harness.report.page.page import build_page, embeddable
+from ttt_harness.report.page.questions import shared_start
 from ttt_harness.report.results import find_runs, read_run
 
 TASKS = {"bbh_ttt_snarks": 40, "bbh_ttt_navigate": 60, "bbh_ttt_web_of_lies": 50}
@@ -262,7 +262,7 @@ def luminance(colour):
 
 
 def test_text_has_contrast_in_both_themes():
-    css = (Path(cli.__file__).parent / "report/page.css").read_text(encoding="utf-8")
+    css = (Path(cli.__file__).parent / "report/page/page.css").read_text(encoding="utf-8")
     light = dict(re.findall(r"--([\w-]+): (#\w{6})", css[: css.index("data-theme")]))
     dark = light | dict(re.findall(r"--([\w-]+): (#\w{6})", css[css.index("data-theme") :].split("}")[0]))
     pairs = [

@@ -7,7 +7,7 @@ import pytest
 from tests.report.runs import ttt, write_run
 from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import compare_runs
-from ttt_harness.report.figures import group_by_seed, lines_of_one
+from ttt_harness.report.page.figures import group_by_seed, lines_of_one
 from ttt_harness.report.results import find_run, find_runs
 from ttt_harness.report.seeds import find_compared
 

@@ -9,8 +9,7 @@
     summary.py      methods, settings and seeds, each mean beside its published figure
     axes.py         the settings that a sweep has varied, and whether the best one leads
     tables.py, summary_tables.py  comparisons and summaries as tables, Markdown, CSV, JSON, LaTeX
-    page.py         the report: one HTML file (page.html.j2, page.css, page.js)
-    figures.py, questions.py  what the page shows of the runs, and of the questions
+    page/           the report: one HTML file
 
 Works for the results of any lm-eval model. What `ttt_vllm` adds (`config.ttt`: settings, losses, times) is shown where
 it is there.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ttt_harness.report.compare import KeptSamples, choose_metric, common_start
-from ttt_harness.report.figures import Method
+from ttt_harness.report.page.figures import Method
 from ttt_harness.report.results import Metric
 from ttt_harness.report.samples import NO_SCORE, Sample
 

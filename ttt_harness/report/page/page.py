@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from ttt_harness.errors import ReportError
-from ttt_harness.report import figures, published
+from ttt_harness.report import published
 from ttt_harness.report.axes import Sweep, in_order, sweep_of, value_text, varied
 from ttt_harness.report.compare import (
     Comparison,
@@ -27,9 +27,10 @@ from ttt_harness.report.compare import (
     some,
     task_prefix,
 )
-from ttt_harness.report.figures import Line, Method
-from ttt_harness.report.plots import HeatMap, LinePlot, number, plot_of
-from ttt_harness.report.questions import question_columns
+from ttt_harness.report.page import figures
+from ttt_harness.report.page.figures import Line, Method
+from ttt_harness.report.page.plots import HeatMap, LinePlot, number, plot_of
+from ttt_harness.report.page.questions import question_columns
 from ttt_harness.report.results import Run
 from ttt_harness.terminal import visible
 
@@ -226,7 +227,7 @@ def _render(*, data: Any, **values: Any) -> str:
     import jinja2
     from markupsafe import Markup
 
-    folder = files("ttt_harness.report")
+    folder = files("ttt_harness.report.page")
     parts = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.lstrip_blocks = True
