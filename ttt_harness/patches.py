@@ -101,7 +101,8 @@ PATCHES: dict[str, Patch] = {
             "verbosity",
             "confirm_run_unsafe_code",
         ),
-        "A task is not told that --samples names other tasks only, nor the --limit that was given.",
+        "A task is not told that --samples names other tasks only, nor the --limit that was given, and a model not the "
+        "chat template that is named.",
         f"{_LM_EVAL}/issues/4084",
         "a mistyped task in --samples has all of its examples evaluated",
     ),

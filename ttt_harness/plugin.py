@@ -170,7 +170,7 @@ def add_metadata() -> None:
 
 
 def add_selection() -> None:
-    """Have `--limit` and `--samples` checked before requests are built, where there are tasks of ours."""
+    """Have `--limit` and `--samples` checked before requests are built, and the chat template selected, for ours."""
 
     def checking(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         def check_and_evaluate(*arguments: Any, **options: Any) -> Any:
@@ -180,6 +180,9 @@ def add_selection() -> None:
                 from ttt_harness.harness.selection import check
 
                 check(tasks["tasks"], given.get("limit"), given.get("samples"))
+            named, model = given.get("apply_chat_template"), sys.modules.get("ttt_harness.harness.model")
+            if isinstance(named, str) and model is not None and isinstance(given.get("lm"), model.TTTVLLM):
+                given["lm"].chat_template(named)  # lm-eval says so only where results are written
             return evaluate(*arguments, **options)
 
         return check_and_evaluate

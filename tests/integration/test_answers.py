@@ -145,3 +145,5 @@ def test_the_named_template_is_in_prompts_and_in_what_is_fitted(evaluate):
 def test_a_template_that_is_not_there_is_refused(evaluate, name):
     with pytest.raises(ConfigError, match="use --apply_chat_template with one of short, tools"):
         evaluate("greedy", {"apply_chat_template": name})
+    with pytest.raises(ConfigError, match="use --apply_chat_template with one of short, tools"):
+        evaluate("greedy", {"apply_chat_template": name, "evaluation_tracker": None})

@@ -636,6 +636,8 @@ def test_any_value_is_taken_or_refused_in_one_sentence(parse, name):
         ("max_gen_toks", 2.5),
         ("max_model_len", [1]),
         ("add_bos_token", "yes"),
+        ("prefix_token_id", 320),
+        ("prefix_token_id", -1),
         ("chat_template_args", "date=today"),
         ("enable_thinking", "maybe"),
         ("think_end_token", 5),

@@ -209,6 +209,24 @@ def test_a_prompt_without_a_token_is_refused(answering):
     assert "has no token" in str(refusal(answering, generation("")))
 
 
+def test_an_answer_that_would_be_cut_itself_is_refused_even_where_prompts_may_be(answering):
+    text = prompt_of(answering, WINDOW)
+    answering.check("loglikelihood", [scoring(text, text[:-2])], fitted=False, truncate=True)
+    for context in (text, "!", ""):
+        error = refusal(answering, scoring(context, text[1:]), kind="loglikelihood", truncate=True)
+        assert f"an answer has {WINDOW - 1} tokens" in str(error)
+
+
+def test_half_a_character_is_refused(answering):
+    assert "surrogates not allowed" in str(refusal(answering, generation("Q: \ud800?")))
+
+
+def test_texts_that_nothing_stands_before_need_a_token_that_does(answering, monkeypatch):
+    monkeypatch.setattr(type(answering), "prefix_token_id", None)
+    answering.check("loglikelihood", [scoring("a", "b")], fitted=False)
+    assert "prefix_token_id" in str(refusal(answering, scoring("", "b"), kind="loglikelihood"))
+
+
 def test_whole_texts_are_cut_into_windows(answering):
     text = prompt_of(answering, 3 * WINDOW)
     request = Instance("loglikelihood_rolling", {}, (text,), 0, ("mine", 0, 1))

@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 TOKENS_PER_BYTE = 16
 # Enough of a text to tell a model with an adapter from one without.
 PROBE_TOKENS = 32
-# A text of fewer characters may have no token at all, or one that the model does not know.
-SHORT_TEXT = 16
 # What results state of answers that are drawn.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
@@ -89,6 +87,12 @@ class Answering(vllm_causallms.VLLM):
                 "files again (tokenizer.json and tokenizer_config.json), or name another with tokenizer=."
             ) from error
         self.model.check()
+        vocabulary = self.model.config.model_config.get_vocab_size()
+        if self.custom_prefix_token_id is not None and self.custom_prefix_token_id >= vocabulary:
+            raise ConfigError(
+                f"prefix_token_id={self.custom_prefix_token_id} is not allowed: the model knows {vocabulary} tokens, "
+                "from 0 on."
+            )
         self._probed = False
 
     def answer(self, kind: str, requests: Sequence[Instance], adapter: LoRARequest | None) -> list[Any]:
@@ -160,17 +164,16 @@ class Answering(vllm_causallms.VLLM):
 
         Raises:
             ConfigError: generation arguments that vLLM refuses.
-            DataError: a prompt is empty, or exceeds the context window together with its answer.
+            DataError: a prompt has no token or half a character, or exceeds the context window with its answer.
             ModelError: the tokenizer cannot be fitted with.
         """
         task, own = str(requests[0].task_name), None if fitted or self.adapter is None else str(self.adapter.path)
-        sampling, budgets = None, [1] * len(requests)  # to score a text, vLLM generates a token after it
+        # To score a text, vLLM generates a token after it; where nothing stands before it, lm-eval puts one there.
+        sampling, budgets = None, [2 if request.args[0] == "" else 1 for request in requests]
         if kind == "generate_until":
             sampling, budgets = self._check_generation(task, requests)
-        elif self.enable_thinking:
-            raise ConfigError(
-                f"{task} scores given answers, which enable_thinking=true does not allow; leave it out for this task."
-            )
+        else:
+            self._check_scoring(kind, task, requests)
         if kind == "loglikelihood_rolling":
             return Checked(adapter=own)  # whole texts are cut into windows
         texts = ["".join(arg for arg in request.args if isinstance(arg, str)) for request in requests]
@@ -186,7 +189,33 @@ class Answering(vllm_causallms.VLLM):
         over = [length + budget > self.max_length for length, budget in zip(lengths, budgets, strict=True)]
         if any(over) and not truncate:
             raise self._too_long(kind, task, lengths, budgets)
+        if kind == "loglikelihood":
+            self._check_answers_fit(task, [request for request, cut in zip(requests, over, strict=True) if cut])
         return Checked(truncated=sum(over), adapter=own, sampling=sampling)
+
+    def _check_scoring(self, kind: str, task: str, requests: Sequence[Instance]) -> None:
+        """Check that given texts can be scored: lm-eval puts a token before those that nothing stands before."""
+        if kind == "loglikelihood" and self.enable_thinking:
+            raise ConfigError(
+                f"{task} scores given answers, which enable_thinking=true does not allow; leave it out for this task."
+            )
+        alone = kind == "loglikelihood_rolling" or any(request.args[0] == "" for request in requests)
+        if alone and self.prefix_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {self.model_dir} names no token that begins or ends a text, which {task} needs; "
+                "name one with prefix_token_id."
+            )
+
+    def _check_answers_fit(self, task: str, cut: Sequence[Instance]) -> None:
+        """Check that of each text that is cut something is left before the answer that is scored."""
+        for request in cut:
+            context, answer = request.args
+            tokens = self._encode_pair(context, answer)[1] if context else self.tok_encode(answer)
+            if len(tokens) + 1 >= self.max_length:
+                raise DataError(
+                    f"{task}: an answer has {len(tokens)} tokens, but the context window holds {self.max_length}; use "
+                    "a model (or max_model_len) with a longer window."
+                )
 
     def _check_generation(self, task: str, requests: Sequence[Instance]) -> tuple[dict[str, Any] | None, list[int]]:
         """Check each distinct set of generation arguments.
@@ -222,12 +251,17 @@ class Answering(vllm_causallms.VLLM):
     def _lengths(self, task: str, texts: Sequence[str], budgets: Sequence[int]) -> list[int]:
         """The tokens of each text; 0 where it is plain that the text and its answer fit the window."""
         window = self.max_length
-        may_be_long = {
+        try:
+            sizes = [len(text.encode()) for text in texts]
+        except UnicodeEncodeError as error:
+            raise DataError(f"{task}: {quoted(error.object)} has half a character ({error.reason}).") from None
+        measured = {
             text
-            for text, budget in zip(texts, budgets, strict=True)
-            if TOKENS_PER_BYTE * len(text.encode("utf-8", "replace")) + budget > window or len(text) < SHORT_TEXT
+            for text, size, budget in zip(texts, sizes, budgets, strict=True)
+            if TOKENS_PER_BYTE * size + budget > window
         }
-        tokens = dict(zip(may_be_long, self.tok_encode(list(may_be_long)), strict=True)) if may_be_long else {}
+        measured |= {min(texts, key=len), max(texts, key=len)}  # may have no token, and one that the model lacks
+        tokens = dict(zip(measured, self.tok_encode(list(measured)), strict=True))
         vocabulary = self.model.config.model_config.get_vocab_size()
         for text, ids in tokens.items():
             if not ids:
