@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -137,3 +138,40 @@ def test_samples_that_no_file_takes_are_told(command, tmp_path, text):
     status, err = command("--output_path", "out", "--log_samples")
     assert status == 1
     assert err[-1].startswith("error: ")
+
+
+FAILING = {
+    "process_results": (
+        "calls = []\n"
+        "def process_results(doc, results):\n"
+        "    calls.append(1)\n"
+        "    return {'acc': 1 // (len(calls) - 15)}\n",
+        "process_results: !function failing.process_results\nmetric_list: [{metric: acc}]\n",
+    ),
+    "aggregation": (
+        "def aggregate(scores):\n    return 1 // (len(scores) - 18)\n",
+        "metric_list: [{metric: exact_match, aggregation: !function failing.aggregate, higher_is_better: true}]\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FAILING)
+def test_a_task_that_cannot_be_scored_costs_the_others_nothing(command, tmp_path, where):
+    code, yaml = FAILING[where]
+    (tmp_path / "failing.py").write_text(code)
+    write_task(tmp_path, "fails", yaml)
+    status, err = command("--output_path", "out", "--log_samples", "--model_args", "pretrained=m", tasks="fails,sums")
+    assert status == 1
+    assert err[-1].startswith("error: fails (")
+    assert "ZeroDivisionError" in err[-1]
+    assert "Traceback" not in "\n".join(err)
+    results = json.loads(next((tmp_path / "out" / "m").glob("results_*")).read_text())["results"]
+    assert results["sums"]["exact_match,none"] == 0
+    assert all(
+        math.isnan(value) for key, value in results["fails"].items() if key.endswith(",none") and "std" not in key
+    )
+    (note,) = (line for line in err if line.startswith("note: the 36 answers of this run are in "))
+    kept = [json.loads(line) for line in Path(note.rpartition(" ")[2]).read_text().splitlines()]
+    assert {(answer["task"], answer["kind"]) for answer in kept} == {(n, "generate_until") for n in ("fails", "sums")}
+    assert all(answer["prompt"].startswith("Q: ") and answer["answer"] == "" for answer in kept)
+    assert {answer["doc_id"] for answer in kept} == set(range(18))

@@ -26,6 +26,7 @@ from ttt_harness.harness import declaration, preflight, rows, selection
 from ttt_harness.harness.aggregation import Aggregation
 from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
+from ttt_harness.harness.scoring import Scoring, no_score
 from ttt_harness.harness.user_code import Row, own_words, shown, user_code
 from ttt_harness.methods import METHODS
 from ttt_harness.serving.generation import greedy_unless_sampled
@@ -82,6 +83,7 @@ class TTTTask(ConfigurableTask):
         self._stated = stated_keys(metadata)
         self._listed = None if "k" in metadata else self._listed_samples(config)
         self.settings = self._settle(config, metadata)
+        self._scoring = Scoring()
         self._check_prompts(config)
         # An end-to-end fit teaches the task without demonstrations, and is asked without.
         method = METHODS.get(str(metadata.get("method")))
@@ -656,7 +658,12 @@ class TTTTask(ConfigurableTask):
 
     def apply_filters(self) -> None:
         """As in the base class, but what a filter raises is one sentence."""
-        self.filter_answers(self.instances)
+        self._scoring.begin()
+        with self._scoring.attempt():
+            self.filter_answers(self.instances)
+        if self._scoring.failed:
+            for instance in self.instances:
+                instance.filtered_resps = {}  # of which lm-eval scores nothing
 
     def filter_answers(self, instances: list[Instance]) -> None:
         """Apply the task's filters to the answers of `instances`.
@@ -677,8 +684,15 @@ class TTTTask(ConfigurableTask):
         """As in the base class; for a vote, of the answer that most prompts led to.
 
         Raises:
-            DataError: scoring raises something, or gives no mapping of metrics to scores.
+            DataError: scoring raises something, or gives no mapping of metrics to scores. Of answers that a model has
+                given, lm-eval's command tells it at the end.
         """
+        if not self._scoring.failed:
+            with self._scoring.attempt():
+                return self._scores(doc, results)
+        return {}
+
+    def _scores(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
         own = callable(self.config.process_results)
         what = "process_results" if own else f"scoring with {', '.join(self.metric_names)}"
         with user_code(self.where, f"{what}, given {shown(results)},", self._row(doc)):
@@ -694,7 +708,10 @@ class TTTTask(ConfigurableTask):
 
     def aggregation(self) -> dict[str, Any]:
         """As in the base class, but what an aggregation raises is one sentence."""
-        return {metric: Aggregation(of, metric, self.where) for metric, of in super().aggregation().items()}
+        if self._scoring.failed:
+            return defaultdict(lambda: no_score)
+        functions = super().aggregation().items()
+        return {metric: Aggregation(of, metric, self.where, self._scoring) for metric, of in functions}
 
 
 def _split_name(split: str, process_docs: Any) -> str:
