@@ -28,6 +28,7 @@ def test_the_published_hyperparameters_are_the_defaults():
         "seed": 42,
         "k": 10,
         "adapter_dir": None,
+        "adapter": None,
         "on_plain_task": "error",
         "truncate": False,
     }

@@ -85,6 +85,13 @@ def _convert(value: Any, kind: type) -> Any:
     raise ValueError
 
 
+def _is_adapter(value: Any) -> bool:
+    """Whether a value names adapters: one of all tasks, or one each."""
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(part, str) and part for item in value.items() for part in item)
+    return isinstance(value, str) and bool(value)
+
+
 class _Settings:
     """What the dataclasses share: conversion and check of each field by the rule in its metadata."""
 
@@ -143,6 +150,10 @@ class TTTConfig(_Settings):
     seed: int = field(default=42, metadata=_SEED)
     k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
     adapter_dir: str | None = field(default=None, metadata=_TEXT)
+    adapter: str | dict[str, str] | None = field(
+        default=None,
+        metadata=_rule(object, "a PEFT directory, a name on the hub, or a mapping of tasks to these", _is_adapter),
+    )
     on_plain_task: str = field(default="error", metadata=_one_of(ON_PLAIN_TASK))
     truncate: bool = field(default=False, metadata=_YES_NO)
 
@@ -153,16 +164,37 @@ class TTTConfig(_Settings):
             object.__setattr__(self, "lr", published.lr)
         if self.epochs is None:
             object.__setattr__(self, "epochs", published.epochs)
-        if published.fits and self.k == 0:
+        if self.fits and self.k == 0:
             raise ConfigError(
                 f"k=0 is not allowed with method={self.method}: an adapter is fitted on demonstrations; "
                 "set k to at least 1, or method=icl for a zero-shot run."
             )
 
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """As of the base; lm-eval's `lora_local_path` is `adapter`, and with an adapter the method is `icl` by default.
+
+        Raises:
+            ConfigError: both names are used.
+        """
+        given = dict(values)
+        if _is_adapter(given.get("lora_local_path")):  # else `LMEvalSettings` says what it must be
+            if given.get("adapter") is not None:
+                raise ConfigError("adapter and lora_local_path mean the same; give one of them.")
+            given["adapter"] = given["lora_local_path"]
+        if given.get("adapter") is not None:
+            given.setdefault("method", "icl")
+        return super().from_mapping(given)
+
     @property
     def how(self) -> Method:
         """What `method` stands for."""
         return METHODS[self.method]
+
+    @property
+    def fits(self) -> bool:
+        """Whether adapters are fitted: not where the user brings one."""
+        return self.how.fits and self.adapter is None
 
     @property
     def max_lora_rank(self) -> int:

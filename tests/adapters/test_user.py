@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from ttt_harness.adapters.user import check_user_adapter
+from ttt_harness.adapters.user import UserAdapters, adapters_by_task, check_user_adapter
 from ttt_harness.errors import ConfigError
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -211,3 +211,34 @@ def test_a_model_that_transformers_cannot_build_is_left_to_vllm(adapter, tiny_mo
     model = shutil.copytree(tiny_model, tmp_path / tiny_model.name)
     (model / "config.json").write_text('{"model_type": "of_tomorrow", "auto_map": {"AutoConfig": "x.Y"}}')
     assert check_user_adapter(adapter, model).rank == 4
+
+
+@pytest.mark.parametrize("form", ["mapping", "json", "yaml", "json file", "yaml file"])
+def test_an_adapter_for_each_task(form, tmp_path):
+    wanted = {"one": "/adapters/a", "two": "org/b"}
+    given = {"mapping": wanted, "json": json.dumps(wanted), "yaml": "{one: /adapters/a, two: org/b}"}.get(form)
+    if given is None:
+        path = tmp_path / f"adapters.{form.split()[0]}"
+        path.write_text(json.dumps(wanted) if "json" in form else "one: /adapters/a\ntwo: org/b\n")
+        given = str(path)
+    assert adapters_by_task(given) == wanted
+    assert adapters_by_task("/adapters/a") == "/adapters/a"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["{", "{}", "{a: 3}", "{a: }", "{a: [b]}", "{a: &b [*b]}", "{3: a}", "nothing.json", "{a: !!python/name:os.x }"],
+)
+def test_what_is_no_mapping_of_tasks_to_adapters(given):
+    with pytest.raises(ConfigError, match="adapter=") as refusal:
+        adapters_by_task(given)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_task_that_no_adapter_is_for(adapter, tiny_model):
+    checked = check_user_adapter(adapter, tiny_model)
+    adapters = UserAdapters(by_task={"one": checked})
+    assert adapters.of("one") is checked
+    with pytest.raises(ConfigError, match="names no adapter for two, but for one"):
+        adapters.of("two")
+    assert UserAdapters(checked).of("two") is checked

@@ -15,8 +15,10 @@ from lm_eval.models import vllm_causallms
 from vllm.engine.arg_utils import EngineArgs
 
 from ttt_harness.adapters.peft import write_adapter
+from ttt_harness.config import TTTConfig
 from ttt_harness.errors import ConfigError, ModelError, TTTError
 from ttt_harness.run import model_arguments
+from ttt_harness.run.local import stated_settings
 from ttt_harness.run.model_arguments import (
     NOT_HERE,
     NOT_WITH_FITS,
@@ -342,7 +344,7 @@ def parse(tiny_model):
 
 def make(parse, **given):
     arguments = parse(**given)
-    return Answering(arguments.model_dir, arguments.engine, arguments.adapter)
+    return Answering(arguments.model_dir, arguments.engine, arguments.adapters)
 
 
 def refusal(parse, **arguments):
@@ -518,8 +520,8 @@ def test_an_adapter_of_the_users_is_reserved_for(parse, adapter, rank, reserved)
     folder = adapter(rank)
     arguments = parse(lora_local_path=str(folder))
     assert (arguments.engine["enable_lora"], arguments.engine["max_lora_rank"]) == (True, reserved)
-    model = Answering(arguments.model_dir, arguments.engine, arguments.adapter)
-    assert model.adapter.path == folder
+    model = Answering(arguments.model_dir, arguments.engine, arguments.adapters)
+    assert model.adapters.of("any").path == folder
     assert model.model.config.lora_config.max_lora_rank == reserved
     assert arguments.given["lora_local_path"] == str(folder)  # a worker reads it, too
 
@@ -547,7 +549,7 @@ def test_an_adapter_that_cannot_be_served_is_refused(parse, adapter, change, tel
 
 def test_adapters_of_the_users_are_refused_where_they_cannot_answer(parse, adapter):
     folder = str(adapter(12))
-    assert "use method=icl" in refusal(parse, method="ttt", lora_local_path=folder)
+    assert "mean the same" in refusal(parse, adapter=folder, lora_local_path=folder)
     assert "one of 16, 32" in refusal(parse, max_lora_rank=8, lora_local_path=folder)
     assert "no such directory" in refusal(parse, lora_local_path="/nowhere/adapter")
     assert "fitted adapters are LoRA" in refusal(parse, method="ttt", enable_lora=False)
@@ -569,6 +571,23 @@ def test_how_much_memory_vllm_takes_on_a_cpu_can_be_said_in_both_ways(parse):
     shared = parse(gpu_memory_utilization=0.4).engine
     assert "kv_cache_memory_bytes" not in shared
     assert shared["gpu_memory_utilization"] == 0.4
+
+
+def test_the_users_adapters_answer_in_the_place_of_fitted_ones(parse, adapter):
+    one, two = adapter(4), adapter(12)
+    for method in ("ttt", "e2e", "shared_ttt", "icl"):
+        arguments = parse(method=method, adapter=str(one))
+        assert (arguments.config.method, arguments.config.fits) == (method, False)
+        assert arguments.engine["max_lora_rank"] == 8
+    arguments = parse(adapter={"a": str(one), "b": str(two), "c": str(one)})
+    assert arguments.engine["max_lora_rank"] == 16
+    assert [arguments.adapters.of(task).path for task in "abc"] == [one, two, one]
+    assert stated_settings(arguments.config)["adapter"] == {"a": str(one), "b": str(two), "c": str(one)}
+    assert "adapter" not in stated_settings(parse().config)
+    assert TTTConfig.from_mapping({"adapter": str(one)}).method == "icl"
+    assert TTTConfig.from_mapping({"adapter": str(one), "method": "ttt", "k": 0}).k == 0  # nothing is fitted
+    for wrong in (3, [], {}, "", {"a": 3}, True):
+        assert "adapter=" in refusal(parse, adapter=wrong)
 
 
 def test_a_format_of_weights_that_vllm_does_not_know_is_refused_before_it_starts(parse):

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,6 +55,67 @@ class UserAdapter:
     rank: int
     modules: tuple[str, ...]
     base_model: str
+
+
+@dataclass(frozen=True)
+class UserAdapters:
+    """The adapters that a user brings: one for all tasks, or one for each of some."""
+
+    common: UserAdapter | None = None
+    by_task: Mapping[str, UserAdapter] = field(default_factory=dict)
+
+    @property
+    def all(self) -> list[UserAdapter]:
+        """All of them."""
+        return [*([self.common] if self.common else []), *self.by_task.values()]
+
+    def of(self, task: str) -> UserAdapter:
+        """The one that answers a task.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        adapter = self.by_task.get(task, self.common)
+        if adapter is None:
+            named = ", ".join(sorted(self.by_task))
+            raise ConfigError(f"adapter= names no adapter for {task}, but for {named}; add one to the mapping.")
+        return adapter
+
+
+def adapters_by_task(given: str | Mapping[str, str]) -> str | Mapping[str, str]:
+    """What the argument `adapter` says: one adapter, or one for each task.
+
+    Args:
+        given: the name of an adapter; a mapping of tasks to names; or such a mapping as JSON or YAML, or a file of it
+            whose name ends so.
+
+    Raises:
+        ConfigError: it cannot be read, or is no such mapping.
+    """
+    if not isinstance(given, str):
+        return given
+    text = given
+    if given.endswith((".json", ".yaml", ".yml")):
+        try:
+            text = Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"adapter={given} cannot be read ({error}); name a file of tasks and adapters.") from None
+    elif not given.lstrip().startswith("{"):
+        return given
+    import yaml
+
+    try:
+        named = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"adapter={given} is no mapping of tasks to adapters in YAML or JSON ({reason}).") from None
+    if (
+        not isinstance(named, dict)
+        or not named
+        or not all(isinstance(part, str) and part for item in named.items() for part in item)
+    ):
+        raise ConfigError(f"adapter={given} is no mapping of tasks to adapters; write {{task: directory}}.")
+    return named
 
 
 def check_user_adapter(

@@ -83,13 +83,13 @@ class RayWorker:
 
         if self._given != given:
             arguments = ModelArguments.parse(**given)
-            self._answering = Answering(arguments.model_dir, arguments.engine, arguments.adapter)
+            self._answering = Answering(arguments.model_dir, arguments.engine, arguments.adapters)
             self._arguments, self._given = arguments, given
             local.preload(self._arguments, self._answering)
         return WorkerEnvironment(
             device=local.fit_device(),
             dtype=self._answering.dtype_name,
-            base_model=fingerprint(self._arguments.model_dir) if self._arguments.config.how.fits else None,
+            base_model=fingerprint(self._arguments.model_dir) if self._arguments.config.fits else None,
             versions=versions(),
             stages=local.stages_of(self._arguments.memory),
         )

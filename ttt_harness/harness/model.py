@@ -70,11 +70,11 @@ class TTTVLLM(LM):
         self._local = local
         self.arguments = ModelArguments.parse(pretrained, dtype, **model_args)
         self.config = self.arguments.config
-        self.answering = Answering(self.arguments.model_dir, self.arguments.engine, self.arguments.adapter)
+        self.answering = Answering(self.arguments.model_dir, self.arguments.engine, self.arguments.adapters)
         self.store = AdapterStore(self.config.adapter_store)
         self.records: dict[str, TaskRecord] = {}
         self._settings = local.stated_settings(self.config)
-        self._fits = self.config.how.fits
+        self._fits = self.config.fits
         if self._fits:
             self._base_model = local.in_background(lambda: fingerprint(self.arguments.model_dir), name="fingerprint")
         if self._pool is None:

@@ -49,8 +49,9 @@ def fit_settings(config: TTTConfig, dtype: str) -> FitSettings:
 
 
 def stated_settings(config: TTTConfig) -> dict[str, Any]:
-    """The settings that results and records state: all but where adapters are kept."""
-    return {name: value for name, value in asdict(config).items() if name != "adapter_dir"}
+    """The settings that results and records state: not where adapters are kept; the user's own where there is one."""
+    unstated = ("adapter_dir",) if config.adapter is not None else ("adapter_dir", "adapter")
+    return {name: value for name, value in asdict(config).items() if name not in unstated}
 
 
 def stages_of(memory: MemoryPlan | None) -> Stages:
@@ -64,7 +65,7 @@ def make_worker(arguments: ModelArguments, answering: Answering, store: AdapterS
     """The worker that fits and answers as `arguments` say; loads nothing yet."""
     config, memory = arguments.config, arguments.memory
     fitter = None
-    if config.how.fits:
+    if config.fits:
         fitter = Fitter(
             store,
             fit_settings(config, answering.dtype_name),
@@ -84,7 +85,7 @@ def preload(arguments: ModelArguments, answering: Answering) -> None:
         return
     if arguments.memory is None or not arguments.memory.turns:
         answering.model.start_soon()  # in processes of its own
-    if arguments.config.how.fits:
+    if arguments.config.fits:
         in_background(lambda: _trainer(arguments, answering.dtype), name="trainer-start")
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from lm_eval.models import vllm_causallms
 from vllm.engine.arg_utils import EngineArgs
 
-from ttt_harness.adapters.user import UserAdapter, check_user_adapter
+from ttt_harness.adapters.user import UserAdapters, adapters_by_task, check_user_adapter
 from ttt_harness.config import VLLM_LORA_RANKS, LMEvalSettings, TaskSettings, TTTConfig, nearest, quoted
 from ttt_harness.embedded import embedded_model_path
 from ttt_harness.errors import ConfigError, ModelError
@@ -108,7 +108,7 @@ class ModelArguments:
     shape: its numbers, where adapters are fitted or served; else None.
     workers: how many processes fit and answer.
     engine: what lm-eval's `vllm` class is made with, besides `pretrained`; it hands vLLM's arguments on.
-    adapter: the user's own, which answers with method=icl; None without one.
+    adapters: the user's own, which answer in the place of fitted ones; None without any.
     memory: how trainer and engine share a GPU; None without a GPU, without adapters, or with several workers.
     given: what a worker parses again.
     """
@@ -119,7 +119,7 @@ class ModelArguments:
     shape: ModelShape | None
     workers: int
     engine: dict[str, Any]
-    adapter: UserAdapter | None
+    adapters: UserAdapters | None
     memory: MemoryPlan | None
     given: dict[str, Any]
 
@@ -138,7 +138,7 @@ class ModelArguments:
         lm_eval = LMEvalSettings.from_mapping(model_args)
         workers = lm_eval.data_parallel_size or 1
         _refuse_log_probabilities(model_args)
-        if config.how.fits:
+        if config.fits:
             _refuse_with_fits(model_args, lm_eval, config.method)
         if workers > 1:
             _refuse_with_workers(model_args, workers)
@@ -150,18 +150,19 @@ class ModelArguments:
             code=bool(lm_eval.trust_remote_code),
         )
         hf_config = read_config(model_dir)
-        shape = adapter = memory = None
-        if config.how.fits or lm_eval.enable_lora:
+        shape = adapters = memory = None
+        if config.fits or lm_eval.enable_lora:
             shape = ModelShape.from_config(hf_config, where=str(model_dir))
         engine = _engine_arguments(dtype, model_args) | _lm_eval_arguments(lm_eval, model_args)
-        if config.how.fits:
+        if config.fits:
             assert shape is not None
             rank = max_lora_rank(config, shape, lm_eval.max_lora_rank)
             engine |= {"enable_lora": True, "max_lora_rank": rank}
-        elif lm_eval.lora_local_path:
-            folder = local_adapter(lm_eval.lora_local_path, token=lm_eval.hf_token)
-            adapter = check_user_adapter(folder, model_dir, argument="lora_local_path")
-            rank = _reserved_rank(adapter.rank, lm_eval.max_lora_rank, f"the adapter in {adapter.path}")
+        elif config.adapter is not None:
+            argument = "adapter" if lm_eval.lora_local_path is None else "lora_local_path"
+            adapters = _user_adapters(config.adapter, model_dir, argument=argument, token=lm_eval.hf_token)
+            largest = max(adapters.all, key=lambda adapter: adapter.rank)
+            rank = _reserved_rank(largest.rank, lm_eval.max_lora_rank, f"the adapter in {largest.path}")
             engine |= {"enable_lora": True, "max_lora_rank": rank}
         # Not for fits alone: a sweep asks for LoRA in all of its cells, so that they share one engine.
         if shape is not None and torch.cuda.is_available() and workers == 1:
@@ -175,7 +176,7 @@ class ModelArguments:
             shape=shape,
             workers=workers,
             engine=engine,
-            adapter=adapter,
+            adapters=adapters,
             memory=memory,
             given={"pretrained": pretrained, "dtype": dtype, **given},
         )
@@ -209,15 +210,34 @@ def local_model(
     return _from_hub("pretrained", pretrained, revision=revision, token=token, cache_dir=folder, allow_patterns=wanted)
 
 
-def local_adapter(name: str, *, token: str | bool | None = None) -> Path:
+def _user_adapters(
+    given: str | Mapping[str, str], model_dir: Path, *, argument: str, token: str | bool | None
+) -> UserAdapters:
+    """The adapters that a user brings, checked.
+
+    Raises:
+        ConfigError: one cannot be served on this model, or what names them cannot be read.
+        ModelError: one is neither here nor on the hub.
+    """
+    named = adapters_by_task(given)
+    checked = {
+        name: check_user_adapter(local_adapter(name, argument=argument, token=token), model_dir, argument=argument)
+        for name in ([named] if isinstance(named, str) else dict.fromkeys(named.values()))
+    }
+    if isinstance(named, str):
+        return UserAdapters(checked[named])
+    return UserAdapters(by_task={task: checked[name] for task, name in named.items()})
+
+
+def local_adapter(name: str, *, argument: str = "adapter", token: str | bool | None = None) -> Path:
     """The local directory of an adapter: itself, or the hub's, downloaded if it is not in the cache.
 
     Raises:
         ModelError: it is neither here nor on the hub.
     """
     if not _is_on_hub(name):
-        return _local_directory("lora_local_path", name)
-    return _from_hub("lora_local_path", name, token=token, allow_patterns=["adapter_*"])
+        return _local_directory(argument, name)
+    return _from_hub(argument, name, token=token, allow_patterns=["adapter_*"])
 
 
 def _local_tokenizer(given: LMEvalSettings) -> Path:
@@ -311,11 +331,6 @@ def _refuse_unknown(model_args: Mapping[str, Any]) -> None:
 
 def _refuse_with_fits(model_args: Mapping[str, Any], lm_eval: LMEvalSettings, method: str) -> None:
     """Refuse what a fitted adapter cannot be served with."""
-    if lm_eval.lora_local_path is not None:
-        raise ConfigError(
-            f"lora_local_path is not allowed with method={method}: a prompt is answered with one adapter, and that is "
-            "the fitted one; use method=icl to evaluate an adapter of your own."
-        )
     if lm_eval.enable_lora is False:
         raise ConfigError(
             f"enable_lora=false is not allowed with method={method}: fitted adapters are LoRA; leave it out."

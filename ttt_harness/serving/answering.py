@@ -25,7 +25,7 @@ from lm_eval.models.utils import has_bos_prefix
 from vllm.lora.request import LoRARequest
 
 from ttt_harness import patches
-from ttt_harness.adapters.user import UserAdapter
+from ttt_harness.adapters.user import UserAdapters
 from ttt_harness.config import quoted
 from ttt_harness.errors import ConfigError, DataError, ModelError, TTTError
 from ttt_harness.serving.engine import reason_of, shared_engine
@@ -62,16 +62,16 @@ class Answering(vllm_causallms.VLLM):
     Args:
         model_dir: a model directory in the hub's layout.
         engine: the arguments of lm-eval's `vllm` class besides `pretrained`, and those of vLLM's engine.
-        adapter: the user's own, which answers where `answer` is given none.
+        adapters: the user's own, which answer where `answer` is given none.
 
     Raises:
         ModelError: vLLM refuses the model or an argument, serves this architecture without LoRA, or has no room for a
             whole context.
     """
 
-    def __init__(self, model_dir: Path, engine: Mapping[str, Any], adapter: UserAdapter | None = None) -> None:
+    def __init__(self, model_dir: Path, engine: Mapping[str, Any], adapters: UserAdapters | None = None) -> None:
         self.model_dir = model_dir
-        self.adapter = adapter
+        self.adapters = adapters
         # lm-eval's constructor starts an engine and waits for it; ours comes in its place, and nobody waits.
         try:
             with patches.applied("lm_eval: engine of its vllm class", shared_engine):
@@ -93,7 +93,7 @@ class Answering(vllm_causallms.VLLM):
                 f"prefix_token_id={self.custom_prefix_token_id} is not allowed: the model knows {vocabulary} tokens, "
                 "from 0 on."
             )
-        self._probed = False
+        self._probed: set[str] = set()
 
     def answer(self, kind: str, requests: Sequence[Instance], adapter: LoRARequest | None) -> list[Any]:
         """Answer `requests` with `adapter`, by lm-eval's method of the name `kind`.
@@ -109,14 +109,15 @@ class Answering(vllm_causallms.VLLM):
 
     def _own_adapter(self, requests: Sequence[Instance]) -> LoRARequest | None:
         """How the engine is asked to answer with the user's own adapter; warns where that changes nothing."""
-        if self.adapter is None:
+        if self.adapters is None or not requests:
             return None
-        request = self.model.adapter(self.adapter.name, self.adapter.path)
-        if requests and not self._probed:
-            self._probed = True
+        adapter = self.adapters.of(str(requests[0].task_name))
+        request = self.model.adapter(adapter.name, adapter.path)
+        if adapter.name not in self._probed:
+            self._probed.add(adapter.name)
             prompt = self.tok_encode("".join(arg for arg in requests[0].args if isinstance(arg, str)))
             if not self.model.changes_output(request, prompt[:PROBE_TOKENS]):
-                _log.warning("The adapter in %s does not change the model's output.", self.adapter.path)
+                _log.warning("The adapter in %s does not change the model's output.", adapter.path)
         return request
 
     @staticmethod
@@ -167,7 +168,8 @@ class Answering(vllm_causallms.VLLM):
             DataError: a prompt has no token or half a character, or exceeds the context window with its answer.
             ModelError: the tokenizer cannot be fitted with.
         """
-        task, own = str(requests[0].task_name), None if fitted or self.adapter is None else str(self.adapter.path)
+        task = str(requests[0].task_name)
+        own = None if fitted or self.adapters is None else str(self.adapters.of(task).path)
         # To score a text, vLLM generates a token after it; where nothing stands before it, lm-eval puts one there.
         sampling, budgets = None, [2 if request.args[0] == "" else 1 for request in requests]
         if kind == "generate_until":
