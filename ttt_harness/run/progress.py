@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ttt_harness.terminal import cell, complain, visible
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -55,9 +57,9 @@ class Display:
     def print(self, text: str) -> None:
         """A line that stays."""
         if self.bars:
-            self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.bars.console.print(cell(text), soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            complain(text)
 
     def due(self, line: bool) -> bool:
         """Whether to print a line now, outside a terminal: always if `line`, else some time after the last one."""
@@ -73,7 +75,7 @@ class RunDisplay(Display):
 
     def __init__(self) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # holds the names of tasks
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -87,7 +89,7 @@ class RunDisplay(Display):
     def show(self, share: float, what: str, *, line: bool = False) -> None:
         """Show that `share` of the run, from 0 to 1, is done."""
         if self.bars and self._bar is not None:
-            self.bars.update(self._bar, completed=share, description=what)
+            self.bars.update(self._bar, completed=share, description=visible(what))
         elif self.due(line):
             elapsed = time.monotonic() - self._start
             left = f", about {elapsed * (1 - share) / share:.0f} s left" if share else ""
