@@ -19,6 +19,8 @@ from ttt_harness.training.trainer import Trainer, target_states
 FIT = {"batch_size": 3, "epochs": 2, "lr": 1e-2, "warmup_ratio": 0.1, "seed": 7}
 LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
 QWEN3 = CHECKPOINTS["qwen3"]
+# As Qwen3, but for a switch that the fast way does not have.
+GENERAL_QWEN3 = QWEN3 | {"attention_bias": True}
 QWEN3_MOE = QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -42,7 +44,7 @@ def make_trainer(folder, **overrides):
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3")
-    write_checkpoint(folder, QWEN3)
+    write_checkpoint(folder, GENERAL_QWEN3)
     return folder
 
 
@@ -63,7 +65,7 @@ def sequences():
     ]
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_both_ways_start_from_the_same_loss(name, sequences, tmp_path, monkeypatch):
     write_checkpoint(tmp_path, CHECKPOINTS[name])
     fast = ModelShape.from_config(read_config(tmp_path), where="here")
@@ -150,7 +152,7 @@ def test_activations_take_about_what_the_memory_plan_counts(tmp_path):
 
 
 def test_dropouts_of_pretraining_are_off(sequences, tmp_path):
-    write_checkpoint(tmp_path, QWEN3 | {"attention_dropout": 0.5})
+    write_checkpoint(tmp_path, GENERAL_QWEN3 | {"attention_dropout": 0.5})
     trainer = make_trainer(tmp_path, dropout=0.0)
     assert trainer.fit(sequences, **FIT).losses == trainer.fit(sequences, **FIT).losses
     tokens = torch.tensor([sequences[0].tokens])
@@ -215,12 +217,12 @@ def copied(folder, to, **config):
 def test_tensors_that_are_missing_left_over_or_of_another_shape_are_refused_in_one_sentence(qwen3, tmp_path):
     weights = load_file(qwen3 / "model.safetensors")
     missing = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.up_proj" not in name}
-    extra = {**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(256)}
+    extra = {**weights, "model.layers.0.mlp.up_proj.bias": torch.zeros(192)}
     other = {**weights, "model.norm.weight": torch.ones(64)}
     for number, (tensors, telling) in enumerate(
         [
             (missing, r"missing \['model.layers.1.mlp.up_proj.weight'\]"),
-            (extra, r"left over \['model.layers.0.self_attn.q_proj.bias'\]"),
+            (extra, r"left over \['model.layers.0.mlp.up_proj.bias'\]"),
             (other, r"of another shape \['model.norm.weight'\]"),
         ]
     ):

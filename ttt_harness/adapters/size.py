@@ -32,10 +32,9 @@ def adapter_bytes(shape: "ModelShape", rank: int, dtype: "torch.dtype") -> int:
         weights = shape.adapter_parameters(rank) * dtype.itemsize
         return weights + shape.num_layers * TABLE_BYTES_OF_LAYER + SMALL_FILES
     import torch
-    from torchtune.modules.peft import get_adapter_params
-    from torchtune.training import set_default_dtype
 
     from ttt_harness.training.families import FAMILIES
+    from ttt_harness.training.tune import get_adapter_params, set_default_dtype
 
     family = FAMILIES[shape.architecture]
     with set_default_dtype(dtype), torch.device("meta"):

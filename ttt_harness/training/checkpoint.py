@@ -9,13 +9,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
-from torchtune.training import set_default_dtype
 
 from ttt_harness.errors import ModelError
 from ttt_harness.training.families import FAMILIES
+from ttt_harness.training.model_config import one_line
 from ttt_harness.training.shape import ModelShape
+from ttt_harness.training.tune import (
+    LoRALinear,
+    TransformerDecoder,
+    get_adapter_params,
+    set_default_dtype,
+    set_trainable_params,
+)
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
@@ -59,7 +64,9 @@ def load_base_model(
         base = {name: tensor.to(dtype) for name, tensor in family.from_hf(weights, shape).items()}
         missing, unexpected = model.load_state_dict(base, strict=False, assign=True)
     except Exception as error:
-        raise ModelError(f"the tensors in {model_dir} are not those of {shape.architecture} ({error}).") from None
+        raise ModelError(
+            f"the tensors in {model_dir} are not those of {shape.architecture} ({one_line(error)})."
+        ) from None
     adapter = get_adapter_params(model)
     lost = [name for name in missing if name not in adapter]
     if lost or unexpected:

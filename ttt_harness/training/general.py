@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
-from torchtune.training import set_default_dtype
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from ttt_harness.errors import ModelError
 from ttt_harness.training.layers.fused import project
-from ttt_harness.training.model_config import as_transformers_config, read_config
+from ttt_harness.training.model_config import as_transformers_config, one_line, read_config
+from ttt_harness.training.tune import LoRALinear, get_adapter_params, set_default_dtype, set_trainable_params
 
 # The linear layers that are adapted, by the last part of their names in transformers' models: the queries', the
 # values', attention's output, and the MLP's. A fused layer is adapted as a whole.
@@ -171,7 +170,7 @@ def numbers(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         model = model_without_storage(full)
     except Exception as error:  # of a model's own code: sizes that do not fit together, kinds that it does not know
         raise ModelError(
-            f"{where} has a config.json of which transformers can make no model ({_line(error)}); correct it."
+            f"{where} has a config.json of which transformers can make no model ({one_line(error)}); correct it."
         ) from None
     adapted = [linear for _, linear in adapted_layers(model)]
     if not adapted:
@@ -233,7 +232,7 @@ def load_general_model(
             )
     except Exception as error:  # of safetensors, torch and the model's own code
         raise ModelError(
-            f"the tensors in {model_dir} cannot be loaded ({_line(error)}); copy the model again."
+            f"the tensors in {model_dir} cannot be loaded ({one_line(error)}); copy the model again."
         ) from None
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected or info["mismatched_keys"]:
@@ -317,12 +316,6 @@ def model_without_storage(config: Any) -> PreTrainedModel:
 def _one_number(value: Any) -> int | None:
     """A width; the largest one where each layer has its own."""
     return max(value) if isinstance(value, list | tuple) else value
-
-
-def _line(error: Exception) -> str:
-    """The beginning of an exception's message, on one line."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return (words if len(words) <= 300 else f"{words[:300]} ...").rstrip(".")
 
 
 @contextmanager

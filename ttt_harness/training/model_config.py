@@ -73,3 +73,9 @@ def as_transformers_config(config: Mapping[str, Any], *, where: str, model_type:
     except Exception as error:  # of transformers' validators, whose messages end in the reason
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip().strip('".')
         raise ModelError(f"{where} has a config.json that transformers refuses ({reason}); correct it.") from None
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of an exception's message, on one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return (words if len(words) <= 300 else f"{words[:300]} ...").rstrip(".")

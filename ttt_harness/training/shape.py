@@ -34,7 +34,6 @@ class FastFamily:
     activation: str = "silu"
     rope_types: tuple[str, ...] = ("default",)
     tied: tuple[bool, ...] = (False,)
-    any_head_dim: bool = False
     rank_factor: int = 1
     compiled: bool = True
 
@@ -43,8 +42,9 @@ FAST: dict[str, FastFamily] = {
     "LlamaForCausalLM": FastFamily("llama", rope_types=("default", "llama3"), tied=(False, True)),
     "MistralForCausalLM": FastFamily("mistral"),
     "Qwen2ForCausalLM": FastFamily("qwen2", tied=(False, True)),
-    "GemmaForCausalLM": FastFamily("gemma", activation=_GELU, tied=(True,), any_head_dim=True),
-    "Gemma2ForCausalLM": FastFamily("gemma2", activation=_GELU, tied=(True,), any_head_dim=True, compiled=False),
+    "Qwen3ForCausalLM": FastFamily("qwen3", tied=(False, True)),
+    "GemmaForCausalLM": FastFamily("gemma", activation=_GELU, tied=(True,)),
+    "Gemma2ForCausalLM": FastFamily("gemma2", activation=_GELU, tied=(True,), compiled=False),
     "Phi3ForCausalLM": FastFamily("phi3", rank_factor=2),
 }
 
@@ -198,7 +198,7 @@ def _beyond(family: FastFamily, given: Mapping[str, Any]) -> list[str]:
         f"hidden_act={activation}": activation != family.activation,
         f"rope_type={rope_type}": rope_type not in family.rope_types,
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
-        "head_dim": _head_dim(given) * given["num_attention_heads"] != given["hidden_size"] and not family.any_head_dim,
+        "hidden_size": given["hidden_size"] % given["num_attention_heads"],  # torchtune's attention asks for that
         "tie_word_embeddings": given["tie_word_embeddings"] not in family.tied,
         "layer_types": set(layer_types) - {"sliding_attention", "full_attention"},
         "RoPE frequency factors other than 1 and 4 over 8192 positions": rope_type == "llama3"

@@ -25,17 +25,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import LoRALinear, get_adapter_params
-from torchtune.training.lr_schedulers import get_cosine_schedule_with_warmup
 
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ModelError
 from ttt_harness.training.checkpoint import load_base_model
 from ttt_harness.training.families import FAMILIES
 from ttt_harness.training.layers.compiled import compile_layers, compiling
-from ttt_harness.training.layers.fused import fuse
 from ttt_harness.training.shape import FAST, ModelShape
+from ttt_harness.training.tune import (
+    LoRALinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+    get_adapter_params,
+    get_cosine_schedule_with_warmup,
+)
 
 if TYPE_CHECKING:
     from ttt_harness.training.general import GeneralDecoder
@@ -321,7 +324,6 @@ def _load(
         general = load_general_model(model_dir, context=context, device=device, **settings)
         return general, general.adapter
     model = load_base_model(model_dir, shape, device=device, **settings)
-    fuse(model)
     if device != "cpu" and FAST[shape.architecture].compiled:
         compile_layers(model)
     return model, get_adapter_params(model)

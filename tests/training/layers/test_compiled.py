@@ -3,18 +3,16 @@
 They run on a GPU; torch compiles the same functions for a CPU, where these tests can ask it.
 """
 
-import copy
 import shutil
 
 import pytest
 import torch
-from torchtune.modules import MultiHeadAttention
 
-from tests.checkpoints import CHECKPOINTS, write_checkpoint
-from tests.training.layers.test_fused import decoder
+from tests.checkpoints import CHECKPOINTS, FAMILY_TABLE, write_checkpoint
+from tests.training.layers.test_fused import decoder, fused
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.training.layers.compiled import CompiledLayer, _linear, compile_layers, compiling
-from ttt_harness.training.layers.fused import fuse
+from ttt_harness.training.layers.fused import FusedAttention
 from ttt_harness.training.model_config import read_config
 from ttt_harness.training.shape import FAST, ModelShape
 from ttt_harness.training.trainer import Trainer, target_states
@@ -47,8 +45,7 @@ def losses_and_gradients(model, tokens, *, recompute=False):
 
 def test_outputs_and_gradients_are_those_of_torchtunes_layers_and_two_functions_serve_all_shapes():
     plain = decoder(num_layers=4)
-    quick = copy.deepcopy(plain)
-    fuse(quick)
+    quick = fused(plain)
     compile_layers(quick)
     for batch, length in ((3, 20), (1, 33), (2, 7), (1, 2), (5, 64)):
         tokens = torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(length))
@@ -61,8 +58,7 @@ def test_outputs_and_gradients_are_those_of_torchtunes_layers_and_two_functions_
 
 
 def test_with_dropout_gradients_are_those_of_the_loss_and_the_same_when_recomputed():
-    model = decoder(lora_dropout=0.4, num_layers=3).double()
-    fuse(model)
+    model = fused(decoder(lora_dropout=0.4, num_layers=3).double())
     compile_layers(model)
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +96,7 @@ def test_dropout_keeps_the_mean_of_the_update():
     assert (noise < expected.abs().mean() / 20).all()
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [names[0] for _, way, names in FAMILY_TABLE.values() if way == "fast"])
 def test_a_compiled_fit_of_each_family_is_that_of_the_layers_as_they_are(name, tmp_path):
     write_checkpoint(tmp_path, CHECKPOINTS[name])
     shape = ModelShape.from_config(read_config(tmp_path), where=name)
@@ -112,7 +108,7 @@ def test_a_compiled_fit_of_each_family_is_that_of_the_layers_as_they_are(name, t
         for length in (24, 50, 12)
     ]
     plain, quick = (Trainer(tmp_path, shape, **LORA, dropout=0.0) for _ in range(2))
-    plain_attention = all(isinstance(layer.attn, MultiHeadAttention) for layer in quick.model.layers)
+    plain_attention = all(isinstance(layer.attn, FusedAttention) for layer in quick.model.layers)
     assert FAST[shape.architecture].compiled == plain_attention
     if plain_attention:
         compile_layers(quick.model)
@@ -138,8 +134,7 @@ def test_a_seed_gives_the_same_adapter_again_whatever_was_fitted_before(tiny_mod
 
 
 def test_dropped_copies_are_not_kept_for_the_gradient():
-    model = decoder(lora_dropout=0.5, num_layers=2)
-    fuse(model)
+    model = fused(decoder(lora_dropout=0.5, num_layers=2))
     compile_layers(model)
     assert type(model.layers[0]) is CompiledLayer
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -5,10 +5,18 @@ import copy
 import pytest
 import torch
 from torchtune.models.llama3_1 import lora_llama3_1
+from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from ttt_harness.training.layers.dropout import dropout_with_mask
-from ttt_harness.training.layers.fused import FusedAttention, FusedFeedForward, fuse, project, project_gated
+from ttt_harness.training.layers.fused import (
+    FusedAttention,
+    FusedFeedForward,
+    FusedRMSNorm,
+    FusedScaledRoPE,
+    project,
+    project_gated,
+)
 
 
 def decoder(**overrides):
@@ -36,6 +44,27 @@ def decoder(**overrides):
     return model.train()
 
 
+def fused(plain):
+    """A decoder of the fused layers, with the weights of `plain`, one of torchtune's."""
+    model = copy.deepcopy(plain)
+    rope = FusedScaledRoPE(dim=8, max_seq_len=64, base=500_000, scale_factor=8)
+    for index, layer in enumerate(model.layers):
+        attn, mlp = layer.attn, layer.mlp
+        projections = {name: getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj", "output_proj")}
+        sizes = {"embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+        norms = {name: FusedRMSNorm(32, eps=1e-5) for name in ("sa_norm", "mlp_norm")}
+        for name, norm in norms.items():
+            norm.load_state_dict(getattr(layer, name).state_dict())
+        quick = TransformerSelfAttentionLayer(
+            FusedAttention(**sizes, **projections, pos_embeddings=rope),
+            FusedFeedForward(gate_proj=mlp.w1, down_proj=mlp.w2, up_proj=mlp.w3),
+            **norms,
+        )
+        model.layers[index] = quick.to(next(plain.parameters()).dtype).train(plain.training)
+    set_trainable_params(model, get_adapter_params(model))
+    return model
+
+
 @pytest.mark.parametrize(
     "modules",
     [["q_proj", "v_proj", "output_proj"], ["q_proj", "k_proj", "v_proj", "output_proj"], ["k_proj"]],
@@ -43,8 +72,7 @@ def decoder(**overrides):
 )
 def test_outputs_and_gradients_are_those_of_torchtunes_layers(modules):
     plain = decoder(lora_attn_modules=modules).double()
-    quick = copy.deepcopy(plain)
-    fuse(quick)
+    quick = fused(plain)
     assert {FusedAttention, FusedFeedForward} <= {type(module) for module in quick.modules()}
     tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
     expected, got = plain(tokens), quick(tokens)
@@ -97,7 +125,6 @@ def test_the_mlp_computes_its_product_again_with_the_same_mask(p):
 
 
 def test_nothing_is_dropped_in_evaluation():
-    model = decoder(lora_dropout=0.5).eval()
-    fuse(model)
+    model = fused(decoder(lora_dropout=0.5).eval())
     tokens = torch.arange(10)[None]
     assert torch.equal(model(tokens), model(tokens))

@@ -19,11 +19,8 @@ import torch._dynamo.config
 import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn import functional
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import LoRALinear
 
-from ttt_harness.training.families import window_mask
-from ttt_harness.training.layers.attention import causal_attention
+from ttt_harness.training.tune import LoRALinear, TransformerDecoder, TransformerSelfAttentionLayer
 
 # Settings of a model and an adapter that one process may fit with.
 RECOMPILE_LIMIT = 64
@@ -41,19 +38,16 @@ class CompiledLayer(TransformerSelfAttentionLayer):
         # which costs more than that gradient does.
         x = x.flatten(0, 1) if x.requires_grad else x.flatten(0, 1).requires_grad_()
         positions = torch.arange(tokens, device=x.device).repeat(batch)
-        q, k, v = (
-            part.unflatten(0, (batch, tokens)).transpose(1, 2) for part in _heads(self, *_any_number(x, positions))
-        )
-        window = getattr(self.attn, "window", None)
-        mask = None if window is None else window_mask(tokens, window, x.device)
-        attended = causal_attention(q, k, v, mask).transpose(1, 2).flatten(2).flatten(0, 1)
+        q, k, v = (part.unflatten(0, (batch, tokens)) for part in _heads(self, *_any_number(x, positions)))
+        attended = self.attn.attend(q, k, v).flatten(0, 1)
         return _after_attention(self, *_any_number(x, attended)).unflatten(0, (batch, tokens))
 
 
 def compile_layers(model: TransformerDecoder) -> None:
-    """Give the layers of a fused `model`, whose attention is torchtune's own, the forward of this module."""
-    for layer in model.layers:
-        layer.__class__ = CompiledLayer
+    """Replace the layers of `model`, whose attention is `FusedAttention`, by compiled ones with the same parts."""
+    for index, layer in enumerate(model.layers):
+        parts = {name: getattr(layer, name) for name in ("attn", "mlp", "sa_norm", "mlp_norm", "sa_scale", "mlp_scale")}
+        model.layers[index] = CompiledLayer(**parts).train(layer.training)
 
 
 @contextmanager
@@ -84,8 +78,7 @@ def _heads(layer: TransformerSelfAttentionLayer, x: Tensor, positions: Tensor) -
     attn = layer.attn
     outs = _linear([attn.q_proj, attn.k_proj, attn.v_proj], layer.sa_norm(x))
     q, k, v = (out.unflatten(-1, (-1, attn.head_dim)) for out in outs)
-    if attn.pos_embeddings is not None:
-        q, k = (attn.pos_embeddings(part[None], input_pos=positions[None])[0] for part in (q, k))
+    q, k = (part[0] for part in attn.heads(q[None], k[None], input_pos=positions[None]))
     return q, k, v
 
 

@@ -1,10 +1,10 @@
 """torchtune's decoder layers, computed in fewer passes over memory.
 
 torchtune computes every adapted projection on its own: it copies the input with dropout, multiplies twice by small
-matrices, scales, and adds, and autograd does the same again backwards. `fuse` gives the layers of a decoder another
-`forward`, in which projections of one input (q, k and v; gate and up) share one dropout mask and one product with
-their stacked A matrices, and the update is added by the matmul that computes it. Norms and rotary embeddings get a
-shorter forward too. Parameters and their names stay.
+matrices, scales, and adds, and autograd does the same again backwards. In the subclasses of this module projections of
+one input (q, k and v; gate and up) share one dropout mask and one product with their stacked A matrices, and the matmul
+that computes an update adds it. Norms and rotary embeddings have a shorter forward too. Parameters and their names are
+torchtune's.
 
 The update is y += (alpha / r) B A dropout(x), as in Hu et al., arXiv 2106.09685. The mask is shared by the projections
 of one input, where torchtune draws one for each; without dropout the results are equal but for rounding.
@@ -20,25 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import (
+
+from ttt_harness.training.layers.attention import causal_attention, window_mask
+from ttt_harness.training.layers.dropout import dropout_gradient, dropout_with_mask
+from ttt_harness.training.tune import (
     FeedForward,
+    Llama3ScaledRoPE,
+    LoRALinear,
     MultiHeadAttention,
     RMSNorm,
     RotaryPositionalEmbeddings,
-    TransformerDecoder,
 )
-from torchtune.modules.peft import LoRALinear
-
-from ttt_harness.training.layers.attention import causal_attention
-from ttt_harness.training.layers.dropout import dropout_gradient, dropout_with_mask
-
-
-def fuse(model: TransformerDecoder) -> None:
-    """Give the layers of `model` the forward of this module; variants of them (a family's own) are left as they are."""
-    for module in model.modules():
-        if fused := _FUSED.get(type(module)):
-            module.__class__ = fused
 
 
 class FusedRMSNorm(RMSNorm):
@@ -94,21 +86,38 @@ class FusedScaledRoPE(_Rotation, Llama3ScaledRoPE):
 
 
 class FusedAttention(MultiHeadAttention):
-    """Causal self-attention of torchtune's, without a cache, in training and for whole sequences."""
+    """Causal self-attention of torchtune's, without a cache, in training and for whole sequences.
+
+    `window` is the number of tokens that a token attends to, itself included (None: all before it). Norms of queries
+    and keys come before the rotation, as in Qwen3; torchtune's own come after it.
+    """
+
+    def __init__(self, *, window: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.window = window
+
+    def heads(self, q: Tensor, k: Tensor, *, input_pos: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalize and rotate queries and keys, each [batch, tokens, heads, head_dim]."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.pos_embeddings is not None:
+            q, k = (self.pos_embeddings(part, input_pos=input_pos) for part in (q, k))
+        return q, k
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the values of the tokens that each token attends to add up to, [batch, tokens, width].
+
+        q, k, v: [batch, tokens, heads, head_dim].
+        """
+        mask = None if self.window is None else window_mask(q.shape[1], self.window, q.device)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return causal_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attend from each position of `x`, shape [batch, tokens, width], to it and those before."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (out.view(heads) for out in project(x, [self.q_proj, self.k_proj, self.v_proj], self.training))
-        if self.pos_embeddings is not None:
-            q, k = self.pos_embeddings(q), self.pos_embeddings(k)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None:
-            k = self.k_norm(k)
-        attended = causal_attention(q, k, v).transpose(1, 2).flatten(2)
-        (out,) = project(attended, [self.output_proj], self.training)
+        outs = project(x, [self.q_proj, self.k_proj, self.v_proj], self.training)
+        q, k, v = (out.unflatten(-1, (-1, self.head_dim)) for out in outs)
+        (out,) = project(self.attend(*self.heads(q, k), v), [self.output_proj], self.training)
         return out
 
 
@@ -127,15 +136,6 @@ class FusedFeedForward(FeedForward):
             hidden = self.activation(gate) * up
         (out,) = project(hidden, [self.w2], self.training)
         return out
-
-
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    MultiHeadAttention: FusedAttention,
-    FeedForward: FusedFeedForward,
-    RMSNorm: FusedRMSNorm,
-    RotaryPositionalEmbeddings: FusedRoPE,
-    Llama3ScaledRoPE: FusedScaledRoPE,
-}
 
 
 def project(x: Tensor, layers: Sequence[nn.Module], training: bool) -> tuple[Tensor, ...]:
