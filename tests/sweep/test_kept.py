@@ -92,6 +92,15 @@ class TestFinishedCells:
         assert "is kept" in capsys.readouterr().err
         assert everything(root) == before
 
+    def test_a_folder_in_the_place_of_the_results_is_kept(self, root, capsys):
+        (results,) = root.rglob("results_*.json")
+        results.unlink()
+        results.mkdir()
+        before = everything(root)
+        assert run_cells(grid("icl"), root, never) == 1
+        assert "is kept" in capsys.readouterr().err
+        assert everything(root) == before
+
     def test_a_foreign_file_beside_the_results_does_not_undo_the_cell(self, root, capsys):
         (root / "icl/seed42/results_of_mine.json").write_text('{"mine": 1}')
         before = everything(root)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ttt_harness.config import LMEvalSettings
 from ttt_harness.errors import ConfigError
 from ttt_harness.serving.environment import prepare_environment
 from ttt_harness.sweep.grid import Cell
@@ -83,11 +84,14 @@ def encoder(model_args: Mapping[str, Any]) -> Encode:
     prepare_environment()  # before vLLM is imported
     from transformers import AutoTokenizer
 
-    from ttt_harness.run.model_arguments import local_model
+    from ttt_harness.run.model_arguments import model_directory
 
-    folder = local_model(str(model_args["pretrained"]), model_args.get("revision"))
+    settings = LMEvalSettings.from_mapping(model_args)
+    folder = model_directory(str(model_args["pretrained"]), settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.tokenizer or folder, trust_remote_code=bool(settings.trust_remote_code)
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids

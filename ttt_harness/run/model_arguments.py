@@ -142,13 +142,7 @@ class ModelArguments:
             _refuse_with_fits(model_args, lm_eval, config.method)
         if workers > 1:
             _refuse_with_workers(model_args, workers)
-        model_dir = local_model(
-            pretrained,
-            lm_eval.revision,
-            token=lm_eval.hf_token,
-            folder=lm_eval.download_dir,
-            code=bool(lm_eval.trust_remote_code),
-        )
+        model_dir = model_directory(pretrained, lm_eval)
         hf_config = read_config(model_dir)
         shape = adapters = memory = None
         if config.fits or lm_eval.enable_lora:
@@ -180,6 +174,21 @@ class ModelArguments:
             memory=memory,
             given={"pretrained": pretrained, "dtype": dtype, **given},
         )
+
+
+def model_directory(pretrained: str, settings: LMEvalSettings) -> Path:
+    """The local directory of the model that is named with these arguments of lm-eval's class.
+
+    Raises:
+        ModelError: it is neither here nor on the hub.
+    """
+    return local_model(
+        pretrained,
+        settings.revision,
+        token=settings.hf_token,
+        folder=settings.download_dir,
+        code=bool(settings.trust_remote_code),
+    )
 
 
 def local_model(

@@ -144,7 +144,7 @@ def runs_in(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All that is in the folder to any depth and is no folder, links to folders among them.
+    """The files in the folder to any depth; links to folders, and folders that are named like a file, among them.
 
     Raises:
         KeptError: not all of it can be read.
@@ -156,7 +156,9 @@ def files_in(folder: Path) -> list[Path]:
     found = []
     for where, folders, files in os.walk(folder, onerror=fail):
         found += [Path(where, name) for name in files]
-        found += [path for name in folders if (path := Path(where, name)).is_symlink()]
+        found += [
+            path for name in folders if (path := Path(where, name)).is_symlink() or path.suffix in (".json", ".jsonl")
+        ]
     return found
 
 

@@ -91,10 +91,8 @@ def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call, points: S
         for (name, text), point in settings.items()
     }
     _refuse_same(calls)
-    ranks = [
-        TTTConfig.from_mapping(c["model_args"]).lora_rank for (name, *_), c in calls.items() if SETTINGS[name].fits
-    ]
-    rank = max(ranks, default=None)
+    configs = [TTTConfig.from_mapping(one["model_args"]) for (name, *_), one in calls.items() if SETTINGS[name].fits]
+    rank = max((config.lora_rank for config in configs if config.fits), default=None)
     return [
         Cell(name, seed, one, text, rank if SETTINGS[name].model == "ttt_vllm" else None)
         for (name, text, seed), one in calls.items()

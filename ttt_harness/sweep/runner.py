@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ttt_harness.config import TaskSettings, TTTConfig
+from ttt_harness.config import LMEvalSettings, TaskSettings, TTTConfig
 from ttt_harness.methods import SETTINGS
 from ttt_harness.run.progress import showing
 from ttt_harness.serving.environment import prepare_environment
@@ -172,17 +172,18 @@ def shared_engine_args(cell: Cell) -> dict[str, Any]:
     if cell.lora_rank is None:
         return {}
     prepare_environment()  # before vLLM is imported
-    from ttt_harness.run.model_arguments import local_model, max_lora_rank
+    from ttt_harness.run.model_arguments import max_lora_rank, model_directory
     from ttt_harness.training.model_config import read_config
     from ttt_harness.training.shape import ModelShape
 
     args = cell.call["model_args"]
     if args.get("pretrained") is None:
         return {}  # the model says so
-    folder = local_model(str(args["pretrained"]), args.get("revision"))
+    settings = LMEvalSettings.from_mapping(args)
+    folder = model_directory(str(args["pretrained"]), settings)
     shape = ModelShape.from_config(read_config(folder), where=str(folder))
     config = TTTConfig(method=str(args["method"]), lora_rank=cell.lora_rank)
-    return {"enable_lora": True, "max_lora_rank": max_lora_rank(config, shape, args.get("max_lora_rank"))}
+    return {"enable_lora": True, "max_lora_rank": max_lora_rank(config, shape, settings.max_lora_rank)}
 
 
 def _check(cells: Sequence[Cell], root: Path) -> dict[str, Any]:
