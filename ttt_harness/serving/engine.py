@@ -134,9 +134,12 @@ class Engine:
         room, dtype = cache.kv_cache_memory_bytes, model.dtype
         assert isinstance(dtype, torch.dtype), "vLLM has resolved its name"
         whole_contexts = model.get_sliding_window() is None and not (
-            model.use_mla or model.is_hybrid or model.is_attention_free
+            model.use_mla
+            or model.is_hybrid
+            or model.is_attention_free
+            or getattr(model.hf_text_config, "attention_chunk_size", None)
         )
-        if room is None or not whole_contexts or cache.cache_dtype != "auto":
+        if room is None or not whole_contexts or cache.cache_dtype != "auto" or not cache.block_size:
             return
         heads = model.get_num_kv_heads(parallel) * model.get_head_size()
         per_token = 2 * model.get_num_layers(parallel) * heads * dtype.itemsize
