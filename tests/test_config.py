@@ -28,6 +28,7 @@ def test_the_published_hyperparameters_are_the_defaults():
         "seed": 42,
         "k": 10,
         "adapter_dir": None,
+        "adapter_limit": None,
         "adapter": None,
         "on_plain_task": "error",
         "truncate": False,
@@ -121,3 +122,11 @@ def test_vllm_reserves_a_rank_that_holds_the_adapter(rank, reserved):
 def test_the_nearest_known_name_is_offered():
     assert nearest("lora_rang", TTTConfig.names()) == " Did you mean 'lora_rank'?"
     assert nearest("xyzzy", TTTConfig.names()) == ""
+
+
+def test_a_limit_of_the_store_is_a_size():
+    for size in ("50GB", "1.5 TiB", "800m", 50, "7"):
+        assert TTTConfig.from_mapping({"adapter_limit": size}).adapter_limit == size
+    for wrong in ("much", "", "-1GB", True, 1.5, [], "5 PB", "9" * 500):
+        with pytest.raises(ConfigError, match=r"adapter_limit=.* is not allowed: it must be a size"):
+            TTTConfig.from_mapping({"adapter_limit": wrong})

@@ -8,6 +8,7 @@ of the command line. Components take flat values from here, never these objects.
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,9 @@ VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # Characters of a refused value that a message repeats.
 LONGEST_QUOTE = 120
+
+# A number of bytes as people write it: "50GB", "1.5 TiB".
+SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?i?B?)\s*", re.IGNORECASE)
 
 LOSS_ON = ("outputs", "all", "last")
 GENERATION_BUDGETS = ("full", "published")
@@ -83,6 +87,11 @@ def _convert(value: Any, kind: type) -> Any:
     elif isinstance(value, kind):
         return value
     raise ValueError
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a size in bytes, with a unit or without; `ttt_harness.adapters.size` reads it."""
+    return isinstance(value, int | str) and not isinstance(value, bool) and bool(SIZE.fullmatch(str(value)))
 
 
 def _is_adapter(value: Any) -> bool:
@@ -150,6 +159,9 @@ class TTTConfig(_Settings):
     seed: int = field(default=42, metadata=_SEED)
     k: int = field(default=10, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
     adapter_dir: str | None = field(default=None, metadata=_TEXT)
+    adapter_limit: str | None = field(
+        default=None, metadata=_rule(object, 'a size such as "50GB"', lambda v: _is_size(v))
+    )
     adapter: str | dict[str, str] | None = field(
         default=None,
         metadata=_rule(object, "a PEFT directory, a name on the hub, or a mapping of tasks to these", _is_adapter),

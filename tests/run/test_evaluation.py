@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from tests.run.fakes import Log, fake_worker
+from ttt_harness.adapters.inventory import entries
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import DataError, ModelError
+from ttt_harness.records import TaskRecord
 from ttt_harness.run.evaluation import Evaluation
 from ttt_harness.run.groups import group_by_task
 from ttt_harness.run.local import LocalCrew
@@ -49,6 +51,29 @@ def test_every_request_is_answered_with_the_adapter_of_its_task(tmp_path, stages
         record = one.records[f"t{number}"]
         assert record.adapter == (str(tmp_path / key) if key else None)
         assert record.reused == (key is not None and key in keys[:number])
+
+
+def test_the_record_of_a_fit_tells_what_determines_it_and_all_its_tasks(tmp_path):
+    one, _ = evaluation(["s", "s", "a"])
+    for group in one._groups:
+        group.determinants = {"sequences": f"of {group.key}"}
+    worker = fake_worker(tmp_path, Log())
+    with RunProgress(one.work) as progress:
+        one.run(LocalCrew(worker), 1, progress)
+    shared, alone = (worker.store.read(key).record for key in "sa")
+    assert (shared["task"], shared["tasks"], shared["determinants"]) == ("t0", ["t0", "t1"], {"sequences": "of s"})
+    assert "tasks" not in alone
+    assert {entry.key: entry.task for entry in entries(tmp_path)} == {"s": "2 tasks", "a": "t2"}
+
+
+def test_an_adapter_that_is_removed_while_the_run_goes_on_is_fitted_again(tmp_path):
+    log = Log()
+    worker = fake_worker(tmp_path, log)
+    run(worker, ["a", "b"])
+    assert worker.store.remove("a")
+    one = run(worker, ["a", "b"], stored={"a": TaskRecord(), "b": TaskRecord()})  # this worker has loaded it before
+    assert sum(what == "fit" for what, *_ in log.spans) == 3
+    assert {record.requests for record in one.records.values()} == {3}
 
 
 def test_fits_and_answers_overlap_where_the_device_has_room_for_both(tmp_path):

@@ -21,7 +21,7 @@ from ttt_harness.errors import StoreError
 from ttt_harness.methods import METHODS
 
 # What an entry has a column of its own for, or what changes no adapter.
-_NO_SETTING = ("method", "k", "seed", "adapter_dir", "on_plain_task")
+_NO_SETTING = ("method", "k", "seed", "adapter_dir", "adapter_limit", "adapter", "on_plain_task", "truncate")
 SHORTEST_KEY = 4
 
 

@@ -2,10 +2,10 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ttt_harness.config import SIZE
 from ttt_harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def parse_size(text: str, *, of: str) -> int:
     Raises:
         ConfigError: it is no size.
     """
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
+    found = SIZE.fullmatch(str(text))
     unit = found[2].upper() if found else ""
     factor = _UNITS.get(unit if unit.endswith("B") else f"{unit}B")
     if found is None or factor is None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt_harness.adapters.names import adapter_key, fingerprint  # noqa: F401 - the run imports them from here
 from ttt_harness.adapters.peft import first_not_finite, write_adapter
 from ttt_harness.adapters.record import FILES, RECORD_NAME, Damage, check, seal
 from ttt_harness.adapters.size import size_text

@@ -76,7 +76,7 @@ class RayWorker:
         Raises:
             TTTError: the model is not there or cannot be used.
         """
-        from ttt_harness.adapters.store import fingerprint
+        from ttt_harness.adapters.names import fingerprint
         from ttt_harness.run import local
         from ttt_harness.run.model_arguments import ModelArguments
         from ttt_harness.serving.answering import Answering

@@ -16,15 +16,17 @@ prepare_environment()
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ttt_harness.adapters.size import adapter_bytes, size_text
-from ttt_harness.adapters.store import AdapterStore, fingerprint
+from ttt_harness.adapters.names import fingerprint
+from ttt_harness.adapters.prune import keep_below
+from ttt_harness.adapters.size import adapter_bytes, parse_size, size_text
+from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.config import LMEvalSettings, TTTConfig
 from ttt_harness.harness import results
 from ttt_harness.harness.task import support_set_of
@@ -168,7 +170,7 @@ class TTTVLLM(LM):
             store=str(self.store.root),
             keep=keep,
         )
-        self._check_room(len(evaluation.to_fit))
+        self._check_room(fitted, evaluation.to_fit)
         with RunProgress(evaluation.work) as progress:
             if self.arguments.memory is not None and evaluation.to_fit:
                 progress.say(self.arguments.memory.reason)
@@ -207,7 +209,7 @@ class TTTVLLM(LM):
             shuffle=config.shuffle,
             seed=config.seed,
             loss_on=config.loss_on,
-            key=lambda sequences: settings.key(self._base_model.result(), sequences),
+            determinants=lambda sequences: settings.determinants(self._base_model.result(), sequences),
         ).prepare(groups)
 
     def _stored(self, groups: Sequence[Group]) -> dict[str, TaskRecord]:
@@ -218,19 +220,29 @@ class TTTVLLM(LM):
                 found[key] = record_of(adapter, reused=True)
         return found
 
-    def _check_room(self, fits: int) -> None:
-        """Say what the adapters that have to be fitted take on disk.
+    def _check_room(self, groups: Sequence[Group], to_fit: Collection[str]) -> None:
+        """Say what the adapters that have to be fitted take on disk, and keep the store below its limit.
 
         Raises:
             StoreError: there is no room for them.
         """
-        if not fits:
+        if not to_fit:
             return
         assert self.arguments.shape is not None
-        needed = fits * adapter_bytes(self.arguments.shape, self.config.lora_rank, self.answering.dtype)
+        needed = len(to_fit) * adapter_bytes(self.arguments.shape, self.config.lora_rank, self.answering.dtype)
+        if self.config.adapter_limit is not None:
+            limit = parse_size(self.config.adapter_limit, of="adapter_limit")
+            for entry in keep_below(
+                self.store, limit, needed=needed, keep={group.key for group in groups if group.key}
+            ):
+                _log.info("The adapter %s (%s) is removed, for adapter_limit=.", entry.key, entry.task)
         free = self.store.check_room(needed)
         _log.info(
-            "%d adapters to fit take %s in %s; %s are free.", fits, size_text(needed), self.store.root, size_text(free)
+            "%d adapters to fit take %s in %s; %s are free.",
+            len(to_fit),
+            size_text(needed),
+            self.store.root,
+            size_text(free),
         )
 
     @contextlib.contextmanager

@@ -91,7 +91,8 @@ class Evaluation:
         group = self._groups[number]
         where = f"{group.task} ({number + 1}/{len(self._groups)})"
         if isinstance(piece, Fit):
-            return FitOrder(piece.key, group.task, where, group.sequences)
+            tasks = [other.task for other in self._groups if other.key == piece.key]
+            return FitOrder(piece.key, group.task, where, group.sequences, tasks, group.determinants)
         requests = [self._requests[index] for index in group.indices[piece.start : piece.stop]]
         probe = group.sequences[0] if group.sequences else None
         return AnswerOrder(group.key, group.task, where, self._kind, requests, probe)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ttt_harness.adapters.store import AdapterStore, StoredAdapter, adapter_key
+from ttt_harness.adapters.names import adapter_key
+from ttt_harness.adapters.store import AdapterStore, StoredAdapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.orders import FitOrder, Report
@@ -50,22 +51,24 @@ class FitSettings:
             "seed": self.seed,
         }
 
-    def key(self, base_model: str, sequences: Sequence[TrainingSequence]) -> str:
-        """The name of the adapter that is fitted on `sequences`; `base_model` is the hash of the base model."""
+    def determinants(self, base_model: str, sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
+        """All that the adapter depends on that is fitted on `sequences`; `base_model` is the hash of the base model."""
         pairs = [(sequence.tokens, sequence.loss_mask) for sequence in sequences]
-        return adapter_key(
-            {
-                "fit_version": FIT_VERSION,
-                "base_model": base_model,
-                "sequences": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-                "dtype": f"torch.{self.dtype}",
-                "device": self.device,
-                "rank": self.rank,
-                "alpha": self.alpha,
-                "dropout": self.dropout,
-                "fit": self.loop(),
-            }
-        )
+        return {
+            "fit_version": FIT_VERSION,
+            "base_model": base_model,
+            "sequences": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+            "dtype": f"torch.{self.dtype}",
+            "device": self.device,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "fit": self.loop(),
+        }
+
+    def key(self, base_model: str, sequences: Sequence[TrainingSequence]) -> str:
+        """The name of the adapter that is fitted on `sequences`; see `determinants`."""
+        return adapter_key(self.determinants(base_model, sequences))
 
 
 class FitResult(Protocol):
@@ -153,6 +156,8 @@ class Fitter:
         if (writing := self._writing.get(key)) is not None:
             self._loaded[key] = writing.result()
             self._writing.pop(key, None)
+        if key in self._loaded and not self._loaded[key].path.is_dir():  # somebody has removed it
+            del self._loaded[key]
         if key not in self._loaded and (found := self.store.load(key)):
             self._loaded[key] = found
         return self._loaded.get(key)
@@ -202,7 +207,9 @@ class Fitter:
     def _record(self, order: FitOrder, result: FitResult) -> dict[str, Any]:
         return {
             "task": order.task,
+            **({"tasks": list(order.tasks)} if len(order.tasks) > 1 else {}),
             "settings": self._said,
+            "determinants": dict(order.determinants),
             "dtype": self.settings.dtype,
             "train_sequences": len(order.sequences),
             "train_tokens": result.tokens,

@@ -4,10 +4,11 @@ A group is the requests of one task. `group_by_task` makes them; `Preparation` g
 an adapter their training sequences and the adapter's key.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ttt_harness.adapters.names import adapter_key
 from ttt_harness.data.sequences import Encode, TrainingSequence, in_context_sequences, single_pair_sequences
 from ttt_harness.data.support import Render, SupportSet
 from ttt_harness.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ class Group:
     support: the demonstrations that they carry; None for a task without.
     sequences: what the adapter is fitted on; none where the base model answers.
     key: the adapter's name; None where the base model answers.
+    determinants: what the key is the hash of.
     """
 
     task: str
@@ -29,6 +31,7 @@ class Group:
     support: SupportSet | None = None
     sequences: Sequence[TrainingSequence] = field(default=(), repr=False)
     key: str | None = None
+    determinants: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def group_by_task(requests: Sequence[Any]) -> list[Group]:
@@ -50,7 +53,7 @@ class Preparation:
     name: the method's, for messages.
     encode, render: the tokenizer and the chat template, exactly as prompts go through them.
     max_length: of a training sequence, in tokens.
-    key: names the adapter that is fitted on sequences.
+    determinants: gives all that the adapter depends on that is fitted on sequences.
     """
 
     method: Method
@@ -62,10 +65,10 @@ class Preparation:
     shuffle: bool
     seed: int
     loss_on: str
-    key: Callable[[Sequence[TrainingSequence]], str]
+    determinants: Callable[[Sequence[TrainingSequence]], Mapping[str, Any]]
 
     def prepare(self, groups: Sequence[Group]) -> None:
-        """Set `sequences` and `key` of `groups`, which all have a support set.
+        """Set `sequences`, `determinants` and `key` of `groups`, which all have a support set.
 
         Raises:
             ConfigError: a support set is empty.
@@ -75,12 +78,14 @@ class Preparation:
             group.sequences = self._sequences(group)
         if self.method.shared:
             together = [sequence for group in groups for sequence in group.sequences]
-            key = self.key(together) if groups else None  # once: these are the sequences of all tasks
+            determinants = self.determinants(together) if groups else {}  # once: these are the sequences of all tasks
             for group in groups:
-                group.sequences, group.key = together, key
+                group.sequences, group.determinants = together, determinants
         else:
             for group in groups:
-                group.key = self.key(group.sequences)
+                group.determinants = self.determinants(group.sequences)
+        for group in groups:
+            group.key = adapter_key(group.determinants)
 
     def _sequences(self, group: Group) -> list[TrainingSequence]:
         support = group.support

@@ -50,7 +50,7 @@ def fit_settings(config: TTTConfig, dtype: str) -> FitSettings:
 
 def stated_settings(config: TTTConfig) -> dict[str, Any]:
     """The settings that results and records state: not where adapters are kept; the user's own where there is one."""
-    unstated = ("adapter_dir",) if config.adapter is not None else ("adapter_dir", "adapter")
+    unstated = {"adapter_dir", "adapter_limit"} | (set() if config.adapter is not None else {"adapter"})
     return {name: value for name, value in asdict(config).items() if name not in unstated}
 
 

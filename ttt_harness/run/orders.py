@@ -1,7 +1,7 @@
 """What a worker is asked to do, and what it gives back. Plain data, which travels to other processes and machines."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ttt_harness.data.sequences import TrainingSequence
@@ -19,12 +19,16 @@ class FitOrder:
     task: the task that it is fitted for, the first one of an adapter that several share.
     where: what the progress calls it.
     sequences: what it is fitted on.
+    tasks: all that share it, where several do.
+    determinants: what its name is the hash of, for the record of the fit.
     """
 
     key: str
     task: str
     where: str
     sequences: Sequence[TrainingSequence]
+    tasks: Sequence[str] = ()
+    determinants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
