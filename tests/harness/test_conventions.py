@@ -300,3 +300,15 @@ def test_the_command_ends_with_one_sentence(folder, options, telling):
     assert ended.stderr.strip().splitlines()[-1].startswith("error: ")
     assert telling in ended.stderr.strip().splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+# --gen_kwargs
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_budget_on_the_command_line_wins_under_any_name(folder, name):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    options = {"task_manager": manager, "bootstrap_iters": 0, "limit": 1}
+    results = simple_evaluate(Silent(), tasks=["plain"], gen_kwargs={name: 3}, **options)
+    arguments = results["samples"]["plain"][0]["arguments"][0][1]
+    assert {key: value for key, value in arguments.items() if key.startswith("max_")} == {name: 3}

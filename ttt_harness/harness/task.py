@@ -172,9 +172,15 @@ class TTTTask(ConfigurableTask):
     def set_config(self, key: str, value: Any, update: bool = False) -> None:
         """As in the base class; `--num_fewshot` is k, and 0 leaves the demonstrations out of the prompts.
 
+        A budget in `--gen_kwargs` takes the place of the YAML's under any of its names, of which lm-eval would take the
+        one that comes first in an order of its own.
+
         Raises:
             ConfigError: `k=` says another number, or there are not so many demonstrations.
         """
+        if key == "generation_kwargs" and update and set(preflight.BUDGETS) & set(value):
+            for name in preflight.BUDGETS:
+                (self.config.generation_kwargs or {}).pop(name, None)
         if key == "num_fewshot" and value != 0:
             self._set_k(value)
             value = self._shots

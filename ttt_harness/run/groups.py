@@ -91,8 +91,8 @@ class Preparation:
         support = group.support
         if support is None or not support.demonstrations:
             raise ConfigError(
-                f"k=0 is not allowed for {group.task} with method={self.name}: an adapter is fitted on demonstrations; "
-                "set k to at least 1, or use method=icl."
+                f"{group.task} has no demonstrations (k=0, or num_fewshot: 0 in its YAML), on which method={self.name} "
+                "fits an adapter; set k to at least 1, or use method=icl."
             )
         try:
             if self.method.sequences is Sequences.SINGLE_PAIRS:
