@@ -41,7 +41,7 @@ EXPECTED: dict[str, list[tuple[str, ...] | str | None]] = {
     "06_yaml_norway_choices": [("h06", "doc_to_choice", "quote")],
     "08_choice_quotes_literal_eval": [("h08", "doc_to_choice", "Tom's")],
     "09_metric_typo": [("h09", "exact_mach", "exact_match")],
-    "106_lora_local_path": [("lora_local_path", "method=icl")],
+    "106_lora_local_path": [SCORED],
     "10_aggregation_typo": [("h10", "average", "mean")],
     "11_filter_typo": [("h11", "strip_whitespace", "remove_whitespace")],
     "15_until_empty_string": [("until",)],
@@ -215,12 +215,19 @@ def says_that_there_is_no_score(outcome: Outcome) -> None:
     assert "no score" in shown.getvalue()
 
 
+def uses_the_adapter(outcome: Outcome) -> None:
+    (path,) = (outcome.folder / "out").rglob("results_*.json")
+    record = json.loads(path.read_text(encoding="utf-8"))["config"]["ttt"]["tasks"]["h106"]
+    assert Path(record["adapter"]).is_dir()
+
+
 def takes_the_budget_of_the_command_line(outcome: Outcome) -> None:
     assert "'max_new_tokens': 3" in outcome.shown
     assert "'max_gen_toks'" not in outcome.shown
 
 
 CHECKS = {
+    "106_lora_local_path-1": uses_the_adapter,
     "31_samples_unsorted-1": asks_for_the_right_questions,
     "32_gen_kwargs-5": takes_the_budget_of_the_command_line,
     "34_predict_only-1": says_that_there_is_no_score,
