@@ -4,7 +4,6 @@ A YAML becomes a TTT task by `class: !function ttt_harness.TTTTask`. Prompts, fi
 that any of its models runs the task unchanged; `ttt_vllm` also reads the support set that each request carries.
 """
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +11,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
@@ -24,6 +22,7 @@ from ttt_harness.data.support import Chat, Demonstration, SupportSet
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness import declaration, preflight, rows, selection
 from ttt_harness.harness.aggregation import Aggregation
+from ttt_harness.harness.drawing import Drawing, Splits, listed_samples
 from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
 from ttt_harness.harness.scoring import Scoring, no_score
@@ -60,7 +59,6 @@ class TTTTask(ConfigurableTask):
 
     Attributes:
         where: the task and its YAML, as messages name it.
-        drawn_from: where the demonstrations come from, in words; results state it as metadata.
 
     Raises:
         ConfigError: the YAML declares something that is not allowed, or a metadata key has such a value.
@@ -81,7 +79,7 @@ class TTTTask(ConfigurableTask):
         self._folder = declaration.folder_of(config)
         metadata = config.get("metadata") or {}
         self._stated = stated_keys(metadata)
-        self._listed = None if "k" in metadata else self._listed_samples(config)
+        self._listed = None if "k" in metadata else listed_samples(self.where, config)
         self.settings = self._settle(config, metadata)
         self._scoring = Scoring()
         self._check_prompts(config)
@@ -98,23 +96,23 @@ class TTTTask(ConfigurableTask):
         self._construct(data_dir, cache_dir, download_mode, config)
         declaration.check_metrics(self.where, self._metric_fn_list, config)
         self._constructed = True
-        self._take(self._demonstrations)
+        self._take(self._drawing)
 
     @property
     def _shots(self) -> int:
         """How many demonstrations a prompt holds."""
         return 0 if self._zero_shot else self.settings.k - self.settings.leave_one_out
 
-    def _take(self, demonstrations: list[Row]) -> None:
+    def _take(self, drawing: Drawing) -> None:
         """Ask with these demonstrations, and state in the results where they come from."""
-        self._demonstrations = demonstrations
+        self._drawing = drawing
         self._rendered: dict[tuple[str, int], Any] = {}
-        self.sampler = DrawnSampler(demonstrations)
+        self.sampler = DrawnSampler(drawing.demonstrations)
         self._support = self._read_demonstrations()
         self._refuse_overlap()
         self.config.metadata = {
             **(self.config.metadata or {}),
-            "k": len(demonstrations),
+            "k": len(drawing.demonstrations),
             "k_from": self._origins["k"],
             "seed": self.settings.seed,
             "seed_from": self._origins["seed"],
@@ -127,24 +125,10 @@ class TTTTask(ConfigurableTask):
             try:
                 super().__init__(*arguments)
             except IndexError:  # of a label of the first row that is the number of no choice
-                preflight.check_rows(self, islice(self._evaluated_rows(), 1))
+                preflight.check_rows(self, islice(self._drawing.rows(), 1))
                 raise
 
     # What the YAML says
-
-    def _listed_samples(self, config: Mapping[str, Any]) -> list[Doc] | None:
-        samples = (config.get("fewshot_config") or {}).get("samples")
-        if callable(samples):
-            with user_code(self.where, "fewshot_config.samples"):
-                samples = samples()
-        if samples is None:
-            return None
-        if not (isinstance(samples, list) and samples and all(isinstance(sample, Mapping) for sample in samples)):
-            raise ConfigError(
-                f"{self.where}: fewshot_config.samples must be a list of examples (mappings of columns), or a function "
-                "that returns one; list at least one, or take the key out."
-            )
-        return samples
 
     def _settle(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
         """The settings that the YAML and the command line make; notes where k and the seed come from."""
@@ -220,7 +204,7 @@ class TTTTask(ConfigurableTask):
             self.settings = replace(self.settings, **changed)
         self._origins |= dict.fromkeys(changed, origin)
         self._check_prompts({"output_type": self.OUTPUT_TYPE})
-        self._take(self._choose(self._split))
+        self._take(self._splits.draw(self.settings, self._listed))
 
     def _check_prompts(self, config: Mapping[str, Any]) -> None:
         settings = self.settings
@@ -258,9 +242,15 @@ class TTTTask(ConfigurableTask):
                 f"{self.where}: the data set is one {type(self.dataset).__name__} and not several splits; take 'split' "
                 "out of dataset_kwargs, or have custom_dataset return {'test': ...}."
             )
-        self._split = self._name_evaluated_split()
-        self._pool = self._docs(self._split, self.config.process_docs)
-        self._demonstrations = self._choose(self._split)
+        self._splits = Splits(self.where, self.dataset, self.config)
+        if not (self.config.test_split or self.config.validation_split):
+            self.config.test_split = self._splits.evaluated
+        self._drawing = self._splits.draw(self.settings, self._listed)
+
+    @property
+    def drawn_from(self) -> str:
+        """Where the demonstrations come from, in words; results state it as metadata."""
+        return self._drawing.source
 
     def _load(self, dataset_kwargs: dict[str, Any], **kwargs: Any) -> None:
         for key in ("data_files", "data_dir"):
@@ -280,131 +270,35 @@ class TTTTask(ConfigurableTask):
                 "dataset_name and dataset_kwargs, and for the hub's data the network."
             ) from error
 
-    def _name_evaluated_split(self) -> str:
-        """The split that is evaluated: the YAML's, or where it names none, the data set's `test` or its only one."""
-        config, names = self.config, list(self.dataset)
-        if not (config.test_split or config.validation_split):
-            alone = names[0] if len(names) == 1 else None
-            config.test_split = next((name for name in ("test", "validation") if name in names), alone)
-        if not (evaluated := config.test_split or config.validation_split):
-            raise DataError(
-                f"{self.where} does not say which split to evaluate, and the data set has {', '.join(names)}; "
-                "add test_split."
-            )
-        return evaluated
-
-    def _docs(self, split: str, process_docs: Callable[..., Any] | None) -> datasets.Dataset:
-        """A split after `process_docs`."""
-        if split not in self.dataset:
-            raise DataError(
-                f"{self.where}: the data set has no split '{split}'; it has {', '.join(self.dataset)}: correct the "
-                "YAML's test_split, fewshot_split, training_split or validation_split."
-            )
-        docs = self.dataset[split]
-        if isinstance(docs, datasets.IterableDataset):
-            raise DataError(
-                f"{self.where}: the split '{split}' is streamed, and demonstrations are drawn from a whole split; take "
-                "streaming out of dataset_kwargs."
-            )
-        if process_docs:
-            with user_code(self.where, f"process_docs for the split '{split}'"):
-                docs = process_docs(docs)
-                docs = docs if isinstance(docs, datasets.Dataset) else datasets.Dataset.from_list(list(docs))
-        if not len(docs):
-            after = " after process_docs" if process_docs else ""
-            raise DataError(
-                f"{self.where}: the split '{split}' is empty{after}; check the data, or name another split."
-            )
-        return docs
-
-    def _choose(self, evaluated: str) -> list[Row]:
-        """The demonstrations; where they come out of the evaluated split, the others are evaluated."""
-        self._evaluated, self._order = self._pool, list(range(len(self._pool)))
-        if self._listed:
-            self.drawn_from = "fewshot_config.samples"
-            listed = enumerate(self._listed[: self.settings.k], 1)
-            return [Row(doc, None, number, number) for number, doc in listed]
-        config, k = self.config, self.settings.k
-        split, process_docs = self.fewshot_cfg.split, self.fewshot_cfg.process_docs
-        if split is None:
-            named = (config.training_split, config.validation_split if config.test_split else None)
-            split = next((name for name in named if name), "train" if "train" in self.dataset else evaluated)
-            process_docs = config.process_docs
-        if split == evaluated:
-            if self.fewshot_cfg.process_docs is not config.process_docs:
-                raise ConfigError(
-                    f"{self.where}: fewshot_config.process_docs needs examples of its own, but the demonstrations come "
-                    f"out of the evaluated split '{split}'; name a fewshot_split, or take fewshot_config.process_docs "
-                    "out."
-                )
-            pool = self._pool
-            if k >= len(pool):
-                raise ConfigError(
-                    f"k={k} is not allowed for {self.where}: k must be smaller than its number of examples, "
-                    f"{len(pool)}, since the others are evaluated."
-                )
-            order = self._shuffled(len(pool))
-            self._evaluated, self._order = pool.select(order[k:]), order[k:]
-            self.drawn_from = f"split {split}, and not evaluated"
-        else:
-            pool = self._docs(split, process_docs)
-            if k > len(pool):
-                raise ConfigError(
-                    f"k={k} is not allowed for {self.where}: its demonstrations come from the split '{split}', which "
-                    f"has {len(pool)} examples; set k to at most {len(pool)}."
-                )
-            first = self.fewshot_cfg.sampler == "first_n"
-            order = list(range(k)) if first else self._shuffled(len(pool))
-            self.drawn_from = f"split {split}{', the first' if first else ''}"
-        return [
-            Row(pool[index], _split_name(split, process_docs), index + 1, number)
-            for number, index in enumerate(order[:k], 1)
-        ]
-
-    def _evaluated_rows(self, positions: Sequence[int] | None = None) -> Iterator[Row]:
-        """The rows that are evaluated, or those at `positions` among them, with their places in the data set."""
-        chosen = self._evaluated if positions is None else (self._evaluated[position] for position in positions)
-        order = self._order if positions is None else [self._order[position] for position in positions]
-        for index, doc in zip(order, chosen, strict=True):
-            yield self._evaluated_row(doc, index)
-
-    def _evaluated_row(self, doc: Doc, index: int) -> Row:
-        return Row(doc, _split_name(self._split, self.config.process_docs), index + 1)
+    def fewshot_docs(self) -> list[Row]:
+        """The demonstrations, in their order."""
+        return self._drawing.demonstrations
 
     def _row(self, doc: Doc) -> Row:
         """A row as messages name it. Of those that are none the base class tries the first that is evaluated."""
-        return doc if isinstance(doc, Row) else self._evaluated_row(doc, self._order[0])
-
-    def _shuffled(self, count: int) -> list[int]:
-        order = list(range(count))
-        random.Random(self.settings.seed).shuffle(order)
-        return order
-
-    def fewshot_docs(self) -> list[Row]:
-        """The demonstrations, in their order."""
-        return self._demonstrations
+        return doc if isinstance(doc, Row) else Row(doc, self._drawing.split, self._drawing.numbers[0])
 
     def test_docs(self) -> Any:
         """What is evaluated, if that is the test split."""
-        return self._evaluated if self.has_test_docs() else None
+        return self._drawing.evaluated if self.has_test_docs() else None
 
     def validation_docs(self) -> Any:
         """What is evaluated, if that is the validation split."""
-        return super().validation_docs() if self.has_test_docs() else self._evaluated
+        return super().validation_docs() if self.has_test_docs() else self._drawing.evaluated
 
     def _refuse_overlap(self) -> None:
         """Refuse demonstrations that are evaluated too: the same question with the same answer."""
-        if self.settings.overlap == "allow" or not self._demonstrations:
+        if self.settings.overlap == "allow" or not self._drawing.demonstrations:
             return
         asked: dict[str, set[str]] = defaultdict(set)
-        for doc, (_, pair) in zip(self._demonstrations, self._support, strict=True):
+        for doc, (_, pair) in zip(self._drawing.demonstrations, self._support, strict=True):
             try:
                 question, target = self._asked(doc), self.doc_to_target(doc)
             except DataError:  # listed samples need only have what their own templates ask for
                 question, target = pair.turn, pair.answer
             asked[str(question)].add(str(target))
         found = set()
-        for doc in self._evaluated:
+        for doc in self._drawing.evaluated:
             try:
                 question = str(self._asked(doc))
                 if question in asked and (target := str(self.doc_to_target(doc))) in asked[question]:
@@ -412,10 +306,11 @@ class TTTTask(ConfigurableTask):
             except DataError:  # a row that cannot be read is refused if it is among those that are asked
                 continue
         if found:
+            drawn, evaluated = len(self._drawing.demonstrations), len(self._drawing.evaluated)
             raise DataError(
-                f"{self.where}: {len(found)} of {len(self._demonstrations)} demonstrations ({self.drawn_from}) are "
-                f"also among the {len(self._evaluated)} examples that are evaluated, so that their answers are given "
-                "away; take them out of the data, or set the metadata key overlap to allow."
+                f"{self.where}: {len(found)} of {drawn} demonstrations ({self.drawn_from}) are also among the "
+                f"{evaluated} examples that are evaluated, so that their answers are given away; take them out of the "
+                "data, or set the metadata key overlap to allow."
             )
 
     def _asked(self, doc: Doc) -> Any:
@@ -535,7 +430,7 @@ class TTTTask(ConfigurableTask):
         # An end-to-end fit is asked as a question is, and not as a demonstration.
         form = self.config if self._zero_shot else self.fewshot_cfg
         read = []
-        for doc in self._demonstrations:
+        for doc in self._drawing.demonstrations:
             question = self.doc_to_text(doc, form.doc_to_text)
             choices = self.doc_to_choice(doc, form.doc_to_choice) if form.doc_to_choice else None
             target = self.doc_to_target(doc, form.doc_to_target)
@@ -580,7 +475,7 @@ class TTTTask(ConfigurableTask):
     def _refuse_missing(self, demonstration: Row) -> None:
         """Refuse a demonstration without an answer, and name the other such rows."""
         missing = [demonstration]
-        for row in (*self._demonstrations, *self._evaluated_rows()):
+        for row in (*self._drawing.demonstrations, *self._drawing.rows()):
             if row is not demonstration:
                 with suppress(DataError):  # of another row, or of listed samples that are read in another way
                     missing += [row] if rows.has_no_answer(self.doc_to_target(row)) else []
@@ -610,7 +505,7 @@ class TTTTask(ConfigurableTask):
 
         lm-eval looks their numbers up in that order, and its own class gives them in ascending order.
         """
-        chosen = self._evaluated_rows(samples) if samples else islice(self._evaluated_rows(), limit or None)
+        chosen = self._drawing.rows(samples) if samples else islice(self._drawing.rows(), limit or None)
         return islice(enumerate(chosen), rank, None, world_size)
 
     def check_samples(self, samples: Any) -> None:
@@ -619,7 +514,7 @@ class TTTTask(ConfigurableTask):
         Raises:
             ConfigError: as for `selection.check_samples`.
         """
-        selection.check_samples(samples, len(self._evaluated), self.where)
+        selection.check_samples(samples, len(self._drawing.evaluated), self.where)
 
     def build_all_requests(self, **kwargs: Any) -> None:
         """As in the base class, after a check of all that is evaluated; made-up answers are scored as well.
@@ -718,10 +613,6 @@ class TTTTask(ConfigurableTask):
             return defaultdict(lambda: no_score)
         functions = super().aggregation().items()
         return {metric: Aggregation(of, metric, self.where, self._scoring) for metric, of in functions}
-
-
-def _split_name(split: str, process_docs: Any) -> str:
-    return f"split '{split}'{' after process_docs' if process_docs else ''}"
 
 
 def has_support_set(request: Instance) -> bool:
