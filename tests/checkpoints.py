@@ -126,9 +126,16 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 # Named as on the hub: Mistral-Nemo-Instruct-2407, Qwen3-0.6B, SmolLM3-3B, gemma-3-1b-it, phi-4, Phi-4-mini-instruct,
-# OLMo-2-0425-1B, granite-3.3-2b-instruct, DeepSeek-R1-Distill-Qwen-1.5B and -Llama-8B.
+# OLMo-2-0425-1B and granite-3.3-2b-instruct.
 CHECKPOINTS |= {
-    "mistral-nemo": CHECKPOINTS["mistral"] | {"head_dim": 16, "rope_theta": 1000000.0, "sliding_window": None},
+    "mistral-nemo": CHECKPOINTS["mistral"]
+    | {
+        "head_dim": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
     "qwen3": {
         **_SIZES,
         "architectures": ["Qwen3ForCausalLM"],
@@ -225,8 +232,6 @@ CHECKPOINTS |= {
         "rope_theta": 10000000.0,
         "tie_word_embeddings": True,
     },
-    "r1-distill-qwen": {**_QWEN2, "rope_theta": 10000, "tie_word_embeddings": False, "use_mrope": False},
-    "r1-distill-llama": {**CHECKPOINTS["llama3.1"], "rope_theta": 500000.0},
 }
 
 
@@ -247,8 +252,8 @@ FAMILY_TABLE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Phi-4-mini": ("Phi3ForCausalLM", "general", ("phi4-mini",)),
     "OLMo 2": ("Olmo2ForCausalLM", "general", ("olmo2",)),
     "Granite 3": ("GraniteForCausalLM", "general", ("granite",)),
-    "DeepSeek-R1 distills of Qwen2.5": ("Qwen2ForCausalLM", "fast", ("r1-distill-qwen",)),
-    "DeepSeek-R1 distills of Llama 3": ("LlamaForCausalLM", "fast", ("r1-distill-llama",)),
+    "DeepSeek-R1 distills of Qwen2.5": ("Qwen2ForCausalLM", "fast", ("qwen2",)),
+    "DeepSeek-R1 distills of Llama 3": ("LlamaForCausalLM", "fast", ("llama3.1",)),
 }
 
 

@@ -1,84 +1,57 @@
-"""vLLM serves the very model that was trained, for every family; marked integration, for a real engine starts."""
+"""vLLM serves the very model that was trained, for every family; marked integration, for real engine starts.
+
+One process, `tests/integration/served_families.py`, starts the engines one after the other, so that vLLM is imported
+once and no engine has to start a process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
-from ttt_harness.adapters.store import AdapterStore
-from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import ConfigError
-from ttt_harness.training.model_config import read_config
-from ttt_harness.training.shape import ModelShape
-from ttt_harness.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration
 
-LORA = {"rank": 8, "alpha": 16, "dropout": 0.05}
-TOKENS = 70  # beyond the windows, which are of 16 tokens
 
-
-def prompt_logprobs(engine, tokens, adapter):
-    """The log-probability of each token after the first, as vLLM computes it, shape [tokens - 1]."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    (output,) = engine.generate([{"prompt_token_ids": list(tokens)}], params, lora_request=adapter)
-    return torch.tensor(
-        [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+@pytest.fixture(scope="module")
+def served(save_tokenizer, tmp_path_factory):
+    """What each family's trainer and engine computed: name -> what the script wrote."""
+    folder = tmp_path_factory.mktemp("families")
+    for name, config in CHECKPOINTS.items():
+        (folder / name).mkdir()
+        save_tokenizer(folder / name)
+        write_checkpoint(folder / name, config)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.served_families", folder],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
     )
-
-
-def trained_logprobs(trainer, tokens):
-    """The same, of the trained model."""
-    trainer.model.eval()
-    with torch.no_grad():
-        logits = trainer.model(torch.tensor([tokens]))[0]
-    return torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    made = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert made, done.stderr[-4000:]
+    return made
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_trained_logits_are_those_of_vllm(name, save_tokenizer, tmp_path):
-    from ttt_harness.serving.environment import prepare_environment
-
-    prepare_environment()
-    from ttt_harness.serving.engine import default_engine_args, shared_engine
-
-    model_dir = tmp_path / "model"
-    model_dir.mkdir()
-    save_tokenizer(model_dir)
-    write_checkpoint(model_dir, CHECKPOINTS[name])
-    shape = ModelShape.from_config(read_config(model_dir), where=str(model_dir))
-    trainer = Trainer(model_dir, shape, **LORA, dtype=torch.float32, device="cpu")
-    rng = torch.Generator().manual_seed(1)
-    sequences = [
-        TrainingSequence(
-            tuple(torch.randint(2, 320, (TOKENS,), generator=rng).tolist()), (False,) + (True,) * (TOKENS - 1)
-        )
-        for _ in range(4)
-    ]
-    fit = {"batch_size": 2, "epochs": 3, "lr": 2e-2, "warmup_ratio": 0.0}
-    store = AdapterStore(tmp_path / "adapters")
-    args = default_engine_args() | {"dtype": "float32", "max_model_len": 256}
-    args |= {"enable_lora": True, "max_lora_rank": shape.adapter_rank(LORA["rank"])}
-    engine = shared_engine(model=str(model_dir), **args)
-    tokens = sequences[0].tokens
-    plain = prompt_logprobs(engine, tokens, None)
-    seen = []
-    for seed in (1, 2):
-        result = trainer.fit(sequences, **fit, seed=seed)
-        stored = store.save(f"adapter{seed}", result.peft_state_dict(), base_model=str(model_dir), **LORA, record={})
-        adapter = engine.adapter(stored.key, stored.path)
-        served = prompt_logprobs(engine, tokens, adapter)
-        torch.testing.assert_close(served, trained_logprobs(trainer, tokens), rtol=1e-3, atol=2e-3)
-        assert (served - plain).abs().max() > 0.1
-        assert engine.changes_output(adapter, tokens[:32])
-        seen.append(served)
-    assert (seen[0] - seen[1]).abs().max() > 1e-2  # each adapter under its own name
-    without_effect = trainer.fit(sequences, **{**fit, "epochs": 0}, seed=1)
-    torch.testing.assert_close(plain, trained_logprobs(trainer, tokens), rtol=1e-3, atol=2e-3)
-    stored = store.save("none", without_effect.peft_state_dict(), base_model=str(model_dir), **LORA, record={})
-    assert not engine.changes_output(engine.adapter("none", stored.path), tokens[:32])
-    engine.close()
+def test_trained_log_probabilities_are_those_of_vllm(name, served):
+    record = served[name]
+    assert "error" not in record, record["error"]
+    for check in record["adapters"]:
+        assert check["verdict"] == "served as trained"
+        assert check["largest_difference"] < 2e-3
+        assert check["base_difference"] < 1e-3
+        assert check["effect"] > 0.1
+        assert check["changes_output"]
+    assert record["between_adapters"] > 1e-2  # each under its own name
+    assert not record["without_effect_changes_output"]
 
 
 def test_vllm_reserves_the_rank_under_which_adapters_are_written(save_tokenizer, tmp_path):

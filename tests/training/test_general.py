@@ -196,6 +196,25 @@ def test_linear_attention_is_left_out_and_said_so(sequences, tmp_path):
     assert result.losses[-1] < result.losses[0]
 
 
+def test_of_a_model_of_images_and_text_the_text_part_is_fitted(sequences, tmp_path):
+    text = {key: value for key, value in CHECKPOINTS["gemma3"].items() if key != "architectures"}
+    vision = {"hidden_size": 32, "image_size": 28, "intermediate_size": 64, "patch_size": 14, "num_hidden_layers": 1}
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {**vision, "model_type": "siglip_vision_model", "num_attention_heads": 2},
+        "mm_tokens_per_image": 4,
+    }
+    write_checkpoint(tmp_path, config)
+    trainer = make_trainer(tmp_path)
+    assert trainer.shape.left_out == ()
+    result = trainer.fit(sequences, **{**FIT, "epochs": 5})
+    assert result.losses[-1] < result.losses[0]
+    names = list(result.peft_state_dict())
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+
+
 def test_a_model_without_a_layer_that_can_be_adapted_is_refused():
     config = {
         "architectures": ["MambaForCausalLM"],

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from ttt_harness.errors import ModelError
@@ -56,7 +56,9 @@ ADAPTED = {
 # The keys are not adapted, as in the published fits, and a router only chooses.
 _NOT_MISSED = re.compile(r"(^|\.)(k_proj|router|gate)$")
 # Below modules with these words in their names nothing is adapted: vLLM serves adapters of attention and dense MLPs.
-_NOT_BELOW = ("expert", "linear_attn", "mamba", "mixer", "conv", "vision", "visual", "audio", "multi_modal", "mtp")
+_NOT_SERVED = ("expert", "linear_attn", "mamba", "mixer", "conv", "mtp")
+# These see no text.
+_NOT_TEXT = ("vision", "visual", "audio", "multi_modal")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
 
 _log = logging.getLogger(__name__)
@@ -117,7 +119,8 @@ class GeneralDecoder(nn.Module):
                 self.backbone.gradient_checkpointing_disable()
             self._recomputes = recompute
         # Padding stands on the right, where causal attention does not see it: a mask would only cost time.
-        return self.backbone(input_ids=tokens, use_cache=False).last_hidden_state
+        # Not `__call__`, which an engine in this process replaces in the classes that it serves through transformers.
+        return self.backbone.forward(input_ids=tokens, use_cache=False).last_hidden_state
 
     def output(self, states: Tensor) -> Tensor:
         """Logits [positions, vocabulary] of hidden states [positions, width]."""
@@ -130,16 +133,24 @@ class GeneralDecoder(nn.Module):
 class _GivenStates(nn.Module):
     """Stands where a model's backbone was, and returns the states that it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> "_States":
         """Return `inputs_embeds` as the last hidden state."""
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return _States(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class _States(BaseModelOutputWithPast):
+    """The output of a backbone; fields that only some models have (of routers, of images) are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that are adapted, by their names in `model`."""
     for name, module in model.named_modules():
         named = name.rpartition(".")[2] in ADAPTED and _LAYER.search(name)
-        if type(module) is nn.Linear and named and not any(word in name for word in _NOT_BELOW):
+        if type(module) is nn.Linear and named and not any(word in name for word in _NOT_SERVED + _NOT_TEXT):
             yield name, module
 
 
@@ -149,6 +160,8 @@ def left_out(model: nn.Module) -> tuple[str, ...]:
     names = set()
     for name, parameter in model.named_parameters():
         inner = _LAYER.search(name)
+        if any(word in name for word in _NOT_TEXT):
+            continue
         if inner and parameter.dim() > 1 and name not in adapted and "norm" not in name:
             short = re.sub(r"\.\d+(?=\.|$)", "", inner[1].removesuffix(".weight"))
             if not _NOT_MISSED.search(short):
