@@ -100,10 +100,17 @@ def _trainer(arguments: ModelArguments, dtype: torch.dtype) -> Trainer:
         dropout=config.lora_dropout,
         dtype=dtype,
         device=fit_device(),
+        context=_max_model_len(arguments),
         activation_bytes=memory.activations if memory else None,
         # Not where the user has the engine in this process, too.
         memory_bytes=memory.trainer if memory and envs.VLLM_ENABLE_V1_MULTIPROCESSING else None,
     )
+
+
+def _max_model_len(arguments: ModelArguments) -> int | None:
+    """Tokens that a sequence may have in the engine, where the user or the memory plan says so."""
+    given = arguments.engine.get("max_model_len") or arguments.engine.get("max_length")
+    return given if isinstance(given, int) and given > 0 else None
 
 
 def in_background(call: Callable[[], T], *, name: str) -> Future[T]:
