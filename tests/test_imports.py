@@ -18,7 +18,19 @@ FOLDER = Path(ttt_harness.__file__).parent
 
 # The rule: a package, or a module of the top folder, imports from its own line and from lines above it.
 LAYERS = (
-    ("errors", "extras", "patches", "locks", "terminal", "methods", "records", "config", "stated", "embedded"),
+    (
+        "errors",
+        "extras",
+        "patches",
+        "locks",
+        "terminal",
+        "methods",
+        "records",
+        "config",
+        "stated",
+        "embedded",
+        "plugin",
+    ),
     ("data",),
     ("training", "adapters"),
     ("serving",),
@@ -33,15 +45,8 @@ LAYERS = (
 )
 # Reports are read where neither torch nor vLLM nor lm-eval is installed.
 REPORT_IMPORTS = {"methods", "records", "errors", "terminal"}
-# `ttt_harness/__init__.py` names what users import from anywhere in the package, and loads it on first use.
-# `plugin` imports nothing of the package: it hands lm-eval names.
-FACES = {"ttt_harness", "ttt_harness.plugin"}
-
-# What breaks the rules today. An entry that no longer does fails its test: delete it.
-KNOWN_IMPORTS: set[tuple[str, str]] = set()
-KNOWN_CIRCLES: list[set[str]] = []
-# Modules that ask what a method's name means.
-KNOWN_ASKING: set[str] = set()
+# Names what users import from anywhere in the package, and loads it on first use.
+FACE = "ttt_harness"
 
 
 @cache
@@ -82,7 +87,7 @@ def imports() -> set[tuple[str, str]]:
     for module, tree in modules().items():
         for name in imported_names(module, tree):
             target = name if name in modules() else name.rpartition(".")[0]
-            if target in modules() and target != module and module not in FACES and target != "ttt_harness":
+            if target in modules() and target != module and FACE not in (module, target):
                 pairs.add((module, target))
     return pairs
 
@@ -159,29 +164,25 @@ def method_names_in(tree: ast.Module) -> Iterator[str]:
 
 def test_every_module_has_a_place() -> None:
     placed = {name for layer in LAYERS for name in layer}
-    assert {room(module) for module in modules() if module not in FACES} <= placed
+    assert {room(module) for module in modules() if module != FACE} <= placed
 
 
 def test_imports_run_one_way() -> None:
-    assert {pair for pair in imports() if breaks_the_rule(*pair)} == KNOWN_IMPORTS
+    assert {pair for pair in imports() if breaks_the_rule(*pair)} == set()
 
 
 def test_no_files_import_each_other() -> None:
-    assert circles(imports() - KNOWN_IMPORTS) == KNOWN_CIRCLES
+    assert circles(imports()) == []
 
 
 def test_no_packages_import_each_other() -> None:
-    rooms = {(room(one), room(other)) for one, other in imports() - KNOWN_IMPORTS}
+    rooms = {(room(one), room(other)) for one, other in imports()}
     assert circles({(one, other) for one, other in rooms if one != other}) == []
 
 
 def test_one_file_knows_what_a_methods_name_means() -> None:
-    asking = {module: list(method_names_in(tree)) for module, tree in modules().items() if module not in KNOWN_ASKING}
-    assert {module for module, found in asking.items() if found} == {"ttt_harness.methods"}, asking
-
-
-def test_the_modules_known_to_ask_still_do() -> None:
-    assert [module for module in sorted(KNOWN_ASKING) if not list(method_names_in(modules()[module]))] == []
+    asking = {module: found for module, tree in modules().items() if (found := list(method_names_in(tree)))}
+    assert set(asking) == {"ttt_harness.methods"}, asking
 
 
 @pytest.mark.parametrize(
