@@ -15,13 +15,13 @@ import pytest
 pytestmark = pytest.mark.integration
 
 GRID = [
-    *("--methods", "random,icl_vote,ttt,shared_e2e", "--seeds", "42", "--grid", "k=3,60"),
+    *("--methods", "random,icl_vote,ttt,shared_e2e", "--seeds", "42", "--grid", "k=3,45"),
     *("--tasks", "procedural_ttt_boolean_expressions", "procedural_ttt_word_sorting"),
     *("--limit", "4", "--log_samples"),
 ]
-SETTINGS = "num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=1024,dtype=float32"
+SETTINGS = "num_permutations=2,lora_rank=8,lr=1e-2,epochs=1,max_model_len=768,dtype=float32"
 CELLS = 8
-TOO_LONG = ("icl_vote, k=60, seed 42", "ttt, k=60, seed 42")
+TOO_LONG = ("icl_vote, k=45, seed 42", "ttt, k=45, seed 42")
 
 
 def command(folder, model):

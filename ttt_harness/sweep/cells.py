@@ -38,10 +38,10 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         ConfigError: the folder cannot be written, or another sweep is writing there.
     """
-    if root.exists() and not root.is_dir():
-        raise ConfigError(f"--output_path {root} is no folder; choose another one.")
     with ExitStack() as stack:
         try:
+            if root.exists() and not root.is_dir():
+                raise ConfigError(f"--output_path {root} is no folder; choose another one.")
             made = [folder for folder in (root, *root.parents) if not folder.exists()]
             root.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_empty, made)
