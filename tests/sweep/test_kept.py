@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 
 from ttt_harness import cli
 from ttt_harness.errors import ConfigError
+from ttt_harness.report.results import find_runs
 from ttt_harness.sweep import cells as cells_module
 from ttt_harness.sweep import runner
-from ttt_harness.sweep.cells import LOCK, PARTIAL, written
+from ttt_harness.sweep.cells import LOCK, PARTIAL, locked, written
 from ttt_harness.sweep.found import MARK, RECORD
 from ttt_harness.sweep.grid import Cell, cells_of
 from ttt_harness.sweep.notes import FAILED, GRID, note_grid
@@ -178,7 +179,7 @@ class TestHalfWrittenCells:
         """What is left of a cell whose process is killed while lm-eval writes, with no chance to clean up."""
         (cell,) = grid("ttt")
         with monkeypatch.context() as patch:
-            patch.setattr(shutil, "rmtree", lambda *_: None)
+            patch.setattr(cells_module, "_leave_computed", lambda *_, **__: None)
             with suppress(KeyboardInterrupt), written(cell, root) as folder:
                 (folder / "m").mkdir()
                 (folder / "m/results_x.json").write_text('{"resu')
@@ -256,6 +257,48 @@ class TestHalfWrittenCells:
         assert list((root / "ttt").glob(f"seed42{PARTIAL}/m/results_*.json"))
         shutil.rmtree(root / "ttt/seed42")
         assert run_cells(grid("ttt"), root, never) == 0
+
+
+class TestFailedCells:
+    """Of which something was computed."""
+
+    def unscored(self, options: dict[str, Any]) -> None:
+        write_results(options)
+        (Path(options["output_path"]) / "m/answers_2026_1.jsonl").write_text("{}")
+        raise ValueError("t cannot be scored")
+
+    def test_answers_and_results_are_kept_until_the_cell_is_run_again(self, root, capsys):
+        partial = root / "ttt" / f"seed42{PARTIAL}"
+        assert run_cells(grid("icl", "ttt"), root, self.unscored) == 1
+        said = f"ValueError: t cannot be scored; what was computed is in {partial}."
+        assert f"failed: ttt, seed 42: {said}" in capsys.readouterr().err
+        assert (partial / "m/answers_2026_1.jsonl").exists()
+        assert len(find_runs(root)) == 1  # these are no results of a run
+        for others in (nullcontext(), locked(root)):
+            with others:
+                assert cli.main(["sweep", "--status", "--output_path", str(root)]) == 0
+                assert f"ttt, seed 42  failed       {said}" in capsys.readouterr().out.splitlines()
+        assert run_cells(grid("icl", "ttt"), root, write_results) == 0
+        assert not partial.exists()
+        assert len(find_runs(root)) == 2
+
+    def test_answers_are_kept_after_ctrl_c_too(self, root):
+        def stopped(options: dict[str, Any]) -> None:
+            with suppress(ValueError):
+                self.unscored(options)
+            raise KeyboardInterrupt
+
+        assert run_cells(grid("ttt"), root, stopped) == 130
+        assert (root / "ttt" / f"seed42{PARTIAL}" / "m/answers_2026_1.jsonl").exists()
+        assert run_cells(grid("ttt"), root, write_results) == 0
+
+    def test_a_cell_that_another_job_is_at_is_not_noted_as_failed(self, root, capsys):
+        def meanwhile(_: dict[str, Any]) -> None:
+            assert run_cells(grid("ttt"), root, never) == 1
+
+        assert run_cells(grid("ttt"), root, lambda options: (meanwhile(options), write_results(options))) == 0  # type: ignore[func-returns-value]
+        assert f"another job is writing {root / 'ttt/seed42'}" in capsys.readouterr().err
+        assert not list(root.rglob(f"*{FAILED}"))
 
 
 class TestNotes:

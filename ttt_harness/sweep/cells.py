@@ -22,7 +22,14 @@ from ttt_harness.sweep.grid import Cell
 from ttt_harness.sweep.notes import clear_failure, write_whole
 
 PARTIAL = ".partial"
+UNFINISHED = ".unfinished"
+# The beginning of the names of `ttt_vllm`'s files of answers that were not scored (`harness.answer_log`).
+ANSWERS = "answers_"
 LOCK = ".sweep.lock"
+
+
+class BusyError(TTTError):
+    """Another process is at the cell, or was and has done it."""
 
 
 @contextmanager
@@ -120,11 +127,12 @@ def _left_by_first_version(partial: Path) -> bool:
 
 @contextmanager
 def written(cell: Cell, root: Path) -> Iterator[Path]:
-    """A folder to write a cell's results into; becomes the cell's own when the block ends well, else is removed.
+    """A folder to write a cell's results into; becomes the cell's own when the block ends well.
 
     Raises:
-        TTTError: another process is at the cell, or has done it; or, at the end, lm-eval has not written all of its
-            results. (It only logs when writing fails.)
+        BusyError: another process is at the cell, or has done it.
+        TTTError: something is in the way; or, at the end, lm-eval has not written all of its results. (It only logs
+            when writing fails.)
     """
     folder = cell.folder(root)
     partial = _partial(folder)
@@ -145,11 +153,25 @@ def written(cell: Cell, root: Path) -> Iterator[Path]:
             check_complete(partial, samples=bool(cell.call.get("log_samples") or cell.call.get("predict_only")))
             record = {"method": cell.method, "point": cell.point, "seed": cell.seed, "call": settings_of(cell)}
             write_whole(partial / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        except BaseException:
-            with suppress(OSError):
-                shutil.rmtree(partial)
+        except BaseException as error:
+            _leave_computed(partial, interrupted=isinstance(error, KeyboardInterrupt))
             raise
         _finish(partial, folder)
+
+
+def _leave_computed(partial: Path, *, interrupted: bool) -> None:
+    """Keep the answers and results of a cell that fails until it is run again; remove the folder where there are none.
+
+    Results get a name by which no report takes them for those of a whole run.
+    """
+    with suppress(OSError, KeptError):
+        files = [file for file in files_in(partial) if file != partial / MARK]
+        answered = any(file.name.startswith(ANSWERS) for file in files)
+        if not answered and (interrupted or not files):
+            shutil.rmtree(partial)
+        for file in files:
+            if file.suffix == ".json" and file.exists():
+                file.rename(file.with_name(file.name + UNFINISHED))
 
 
 def _finish(partial: Path, folder: Path) -> None:
@@ -231,17 +253,22 @@ def _locked_cell(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(_own_lock(_lock(folder)))
         except BlockingIOError:
-            raise TTTError(f"another job is writing {folder}.") from None
+            raise BusyError(f"another job is writing {folder}.") from None
         except OSError as error:
             raise _not_written(folder, error) from None
         if look(folder).done:
-            raise TTTError(f"another job has written {folder} meanwhile.")
+            raise BusyError(f"another job has written {folder} meanwhile.")
         yield
 
 
 def is_partial(cell: Cell, root: Path) -> bool:
     """Whether a process is at the cell, or was when it was killed."""
-    return os.path.lexists(_partial(cell.folder(root)))
+    return os.path.lexists(partial_of(cell, root))
+
+
+def partial_of(cell: Cell, root: Path) -> Path:
+    """Where a process writes the cell's results, until they are complete."""
+    return _partial(cell.folder(root))
 
 
 def _partial(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from ttt_harness.config import LMEvalSettings, TaskSettings, TTTConfig
 from ttt_harness.methods import SETTINGS
 from ttt_harness.run.progress import showing
 from ttt_harness.serving.environment import prepare_environment
-from ttt_harness.sweep.cells import check_place, finish_left, is_partial, written
+from ttt_harness.sweep.cells import BusyError, check_place, finish_left, is_partial, partial_of, written
 from ttt_harness.sweep.display import SweepDisplay
 from ttt_harness.sweep.found import KeptError, found
 from ttt_harness.sweep.grid import Call, Cell
@@ -119,12 +119,16 @@ def _run(cell: Cell, root: Path, execute: Execute, engine: Mapping[str, Any], *,
     try:
         with written(cell, root) as folder:
             execute(_whole_call(cell, folder, engine))
+    except BusyError as error:
+        return str(error)
     except (Exception, SystemExit) as error:
         if trace or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             traceback.print_exception(error)
-        if not is_partial(cell, root):  # else another job is at it
-            note_failure(cell, root, sentence(error))
-        return sentence(error)
+        reason = sentence(error)
+        if is_partial(cell, root):
+            reason = f"{reason.rstrip('.')}; what was computed is in {partial_of(cell, root)}."
+        note_failure(cell, root, reason)
+        return reason
     return None
 
 

@@ -95,10 +95,10 @@ def _row(root: Path, cell: Cell, job: str | None, states: Mapping[str, tuple[str
     if state in QUEUED:
         return Row(cell, WAITING, f"job {job}: {state}{f' ({why})' if why not in ('', 'None') else ''}")
     if state in ACTIVE or (not job and alone):
+        if reason:  # a cell that begins anew has none
+            return Row(cell, FAILED_STATE, reason + see)
         if is_partial(cell, root):
             return Row(cell, RUNNING, f"job {job}{see}" if job else "")
-        if reason:
-            return Row(cell, FAILED_STATE, reason + see)
         return Row(cell, WAITING, f"job {job} comes to it" if job else "")
     if reason:
         return Row(cell, FAILED_STATE, reason + see)
