@@ -151,6 +151,24 @@ def test_activations_take_about_what_the_memory_plan_counts(tmp_path):
     assert 0.6 * counted < kept < 1.1 * counted
 
 
+def test_longrope_is_that_of_the_longest_sequence_that_the_engine_takes(tmp_path):
+    write_checkpoint(tmp_path, CHECKPOINTS["phi4-mini"])
+    tokens = torch.arange(2, 60)[None]
+    logits = {}
+    for context in (256, 1024, 1025, None):  # the limit is 1024, and the model's own window is of 2048
+        trainer = make_trainer(tmp_path, context=context)
+        trainer.fit([], **{**FIT, "epochs": 0})
+        trainer.model.eval()
+        with torch.no_grad():
+            logits[context] = trainer.model(tokens)
+    torch.testing.assert_close(logits[256], logits[1024], rtol=0, atol=0)
+    torch.testing.assert_close(logits[1025], logits[None], rtol=0, atol=0)
+    assert (logits[1024] - logits[1025]).abs().max() > 0.01
+    shape = ModelShape.from_config(read_config(tmp_path), where="here")
+    assert shape.determinants(1024) != shape.determinants(1025)
+    assert ModelShape.from_config(CHECKPOINTS["granite"], where="here").determinants(1024) == {}
+
+
 def test_dropouts_of_pretraining_are_off(sequences, tmp_path):
     write_checkpoint(tmp_path, GENERAL_QWEN3 | {"attention_dropout": 0.5})
     trainer = make_trainer(tmp_path, dropout=0.0)

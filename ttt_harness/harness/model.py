@@ -197,8 +197,10 @@ class TTTVLLM(LM):
 
     def _prepare(self, groups: Sequence[Group]) -> None:
         """Give the groups their training sequences and keys."""
-        config, answering = self.config, self.answering
+        config, answering, shape = self.config, self.answering, self.arguments.shape
+        assert shape is not None
         settings = self._local.fit_settings(config, answering.dtype_name)
+        of_context = shape.determinants(answering.max_length)
         Preparation(
             method=config.how,
             name=config.method,
@@ -209,8 +211,11 @@ class TTTVLLM(LM):
             shuffle=config.shuffle,
             seed=config.seed,
             loss_on=config.loss_on,
-            determinants=lambda sequences: settings.determinants(self._base_model.result(), sequences),
+            determinants=lambda sequences: settings.determinants(self._base_model.result(), sequences) | of_context,
         ).prepare(groups)
+        for group in groups:
+            for sequence in group.sequences:
+                shape.check_tokens(sequence.tokens, what=f"{group.task}: a training sequence")
 
     def _stored(self, groups: Sequence[Group]) -> dict[str, TaskRecord]:
         """The records of those adapters that are in the store."""

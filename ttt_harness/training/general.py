@@ -193,6 +193,7 @@ def numbers(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         )
     layers = {name.split(".layers.")[-1].split(".")[0] for name, _ in adapted_layers(model)}
     heads = text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None) or {}
     return {
         "num_layers": getattr(text, "num_hidden_layers", len(layers)),
         "embed_dim": text.hidden_size,
@@ -206,6 +207,7 @@ def numbers(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "adapted_widths": sum(linear.in_features + linear.out_features for linear in adapted),
         "left_out": left_out(model),
+        "short_context": rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
     }
 
 

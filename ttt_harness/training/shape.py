@@ -61,6 +61,8 @@ class ModelShape:
         parameters: weights of the base model.
         adapted_widths: inputs and outputs of all adapted linear layers, added up.
         left_out: the names of layers that are not adapted, although they are matmuls.
+        short_context: where position embeddings have one form for engines whose sequences have at most so many tokens,
+            and another for others (LongRoPE); else None.
     """
 
     architecture: str
@@ -84,6 +86,7 @@ class ModelShape:
     parameters: int | None = None
     adapted_widths: int | None = None
     left_out: tuple[str, ...] = ()
+    short_context: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, where: str) -> "ModelShape":
@@ -142,6 +145,10 @@ class ModelShape:
     def adapter_rank(self, rank: int) -> int:
         """The rank under which an adapter that was fitted with `rank` is written."""
         return FAST[self.architecture].rank_factor * rank if self.way == "fast" else rank
+
+    def determinants(self, context: int) -> dict[str, Any]:
+        """What an adapter depends on besides its settings, where the engine's sequences have up to `context` tokens."""
+        return {} if self.short_context is None else {"long_context": context > self.short_context}
 
     def check_tokens(self, tokens: Iterable[int], *, what: str) -> None:
         """Check that the model has an embedding for each of `tokens`.
