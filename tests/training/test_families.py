@@ -224,6 +224,8 @@ def test_what_the_fast_way_cannot_express_is_fitted_the_general_way(name, change
             r"asks for code of its own \(auto_map\), which is never run",
         ),
         ("qwen3", {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "no causal language model"),
+        ("olmo2", {"architectures": ["Olmo2ForSequenceClassification"]}, "model_type=olmo2 is Olmo2ForCausalLM"),
+        ("olmo2", {"architectures": ["Qwen9ForCausalLM"]}, "model_type=olmo2 is Olmo2ForCausalLM"),
         ("qwen3", {"layer_types": ["other", "full_attention"]}, "layer_types"),
     ],
     ids=str,

@@ -282,6 +282,13 @@ def _checked_config(config: Mapping[str, Any], where: str) -> Any:
             f"{where} has the architecture {config['architectures'][0]}, which is no causal language model of "
             "transformers; fit one that is (method=icl runs any model that vLLM does)."
         )
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(made)]
+    names = [kind.__name__ for kind in (known if isinstance(known, tuple) else (known,))]
+    if config["architectures"][0] not in names:  # vLLM would serve another model than the one that is fitted
+        raise ModelError(
+            f"{where} has the architecture {config['architectures'][0]}, but the causal language model of its "
+            f"model_type={made.model_type} is {' or '.join(names)}; use a checkpoint of that."
+        )
     text = made.get_text_config()
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
     if missing := [name for name in needed if not isinstance(getattr(text, name, None), int)]:
