@@ -223,6 +223,26 @@ def _sweep(args: argparse.Namespace) -> int:
     return command.sweep(**grid, resources=Resources(**{"time": None, **given}) if args.slurm else None)
 
 
+def _add_fit(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "fit",
+        help="fit the adapters of tasks without evaluating, and print where they are",
+        description="Fit the adapters that lm_eval would fit with these options, and print their directories. "
+        "No engine is started.",
+        epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, --limit, ...",
+        usage="ttt-harness fit --tasks T --model_args pretrained=... [--format json] [any option of lm_eval run]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+    parser.set_defaults(run=_fit, passes_options=True)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from ttt_harness.sweep.fit import fit
+
+    return fit(args.options, form=args.format)
+
+
 def _add_plan(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
@@ -447,6 +467,7 @@ def _ray_in_slurm(_: argparse.Namespace) -> int:
 
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_sweep,
+    _add_fit,
     _add_plan,
     _add_summary,
     _add_compare,

@@ -6,7 +6,7 @@ process or on the workers of `cluster`.
 """
 
 # ruff: noqa: E402 - vLLM and torch read the environment when they are imported
-from ttt_harness.errors import DataError, report_errors_in_one_sentence
+from ttt_harness.errors import ConfigError, DataError, report_errors_in_one_sentence
 from ttt_harness.extras import require
 from ttt_harness.serving.environment import prepare_environment
 
@@ -61,6 +61,8 @@ class TTTVLLM(LM):
         ModelError: the model is missing, damaged or not supported.
     """
 
+    answers = True  # else only adapters are fitted, and no engine is started ahead
+
     def __init__(self, pretrained: str | None = None, dtype: str = "auto", **model_args: Any) -> None:
         super().__init__()
         self._pool = _begin_workers(pretrained, dtype, model_args)
@@ -81,7 +83,7 @@ class TTTVLLM(LM):
             self._base_model = local.in_background(lambda: fingerprint(self.arguments.model_dir), name="fingerprint")
         if self._pool is None:
             self._worker = local.make_worker(self.arguments, self.answering, self.store)
-            local.preload(self.arguments, self.answering)
+            local.preload(self.arguments, self.answering, engine=self.answers)
 
     # What lm-eval calls
 
@@ -182,6 +184,39 @@ class TTTVLLM(LM):
             record.adapter = record.adapter or checked[group.task].adapter
             self._note(record, group)
         return evaluation.answers
+
+    def fit(self, requests: Sequence[Instance]) -> dict[str, TaskRecord]:
+        """Have the adapters of the requests' tasks in the store; no engine is started, and nothing is answered.
+
+        Returns:
+            For each task with an adapter, the record of its fit.
+
+        Raises:
+            ConfigError: the method fits nothing, or several workers are asked for.
+            TTTError: a task cannot be fitted, or a fit fails.
+        """
+        if not self._fits:
+            raise ConfigError(f"method={self.config.method} fits nothing here; choose another method, and no adapter=.")
+        if self._pool is not None:
+            raise ConfigError("data_parallel_size is not allowed with fit, which works in one process; leave it out.")
+        groups = []
+        for group in group_by_task(requests):
+            own = [requests[index] for index in group.indices]
+            if self._is_fitted(group, requests, own[0].request_type):
+                self.answering.check(own[0].request_type, own, fitted=True, truncate=self.config.truncate)
+                group.indices = []  # none of them is to be answered
+                groups.append(group)
+        self._prepare(groups)
+        evaluation = Evaluation(
+            groups, [], "", stored=self._stored(groups), epochs=self.config.epochs or 0, store=str(self.store.root)
+        )
+        self._check_room(groups, evaluation.to_fit)
+        with RunProgress(evaluation.work) as progress, self._crew(progress) as crew:
+            evaluation.run(crew, 1, progress)
+        for group in groups:
+            if group.key is not None:
+                self._worker.stored(group.key)  # what is still being written is waited for
+        return {group.task: evaluation.adapters[group.key] for group in groups if group.key is not None}
 
     def _is_fitted(self, group: Group, requests: Sequence[Instance], kind: str) -> bool:
         """Whether the group is to be answered with an adapter.

@@ -66,6 +66,11 @@ class Evaluation:
         return sum(self._fit_work.values()) + sum(task.answer for task in self._tasks)
 
     @property
+    def adapters(self) -> Mapping[str, TaskRecord]:
+        """The records of the fits of those adapters that are in the store, or on their way there, by their keys."""
+        return self._adapters
+
+    @property
     def to_fit(self) -> Collection[str]:
         """The keys of the adapters that have to be fitted."""
         return self._fit_work.keys()

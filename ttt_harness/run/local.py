@@ -76,14 +76,14 @@ def make_worker(arguments: ModelArguments, answering: Answering, store: AdapterS
     return Worker(answering, store, fitter, stages=stages_of(memory), release_trainer=release_trainer)
 
 
-def preload(arguments: ModelArguments, answering: Answering) -> None:
-    """Begin to load trainer and engine side by side, where a GPU is there to load them to.
+def preload(arguments: ModelArguments, answering: Answering, *, engine: bool = True) -> None:
+    """Begin to load the trainer and, beside it, the engine, where a GPU is there to load them to.
 
     Whoever needs one of them first waits for it, and gets its error.
     """
     if fit_device() != "cuda":
         return
-    if arguments.memory is None or not arguments.memory.turns:
+    if engine and (arguments.memory is None or not arguments.memory.turns):
         answering.model.start_soon()  # in processes of its own
     if arguments.config.fits:
         in_background(lambda: _trainer(arguments, answering.dtype), name="trainer-start")
