@@ -37,6 +37,7 @@ LAYERS = (
     ("run",),
     ("cluster",),
     ("harness",),
+    ("plugin",),
     ("report",),
     ("sweep",),
     ("estimate",),
