@@ -103,4 +103,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def first_not_finite(weights: Mapping[str, "Tensor"]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None where there is none."""
-    return next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    import torch
+
+    # A sum shows infinities and NaN, and is several times as fast as looking at each value.
+    suspects = ((name, tensor) for name, tensor in weights.items() if not tensor.sum(dtype=torch.float32).isfinite())
+    return next((name for name, tensor in suspects if not tensor.isfinite().all()), None)

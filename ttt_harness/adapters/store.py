@@ -124,11 +124,20 @@ class AdapterStore:
         Raises:
             StoreError: see `load`.
         """
+        with self.holding(key):
+            yield self.load(key)
+
+    @contextmanager
+    def holding(self, key: str) -> Iterator[None]:
+        """Keep the adapter named `key` in the store within the block, if it is there.
+
+        Where the store cannot be written nothing holds it.
+        """
         with ExitStack() as stack:
             with suppress(OSError):
                 self.root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(self._use_lock(key), shared=True, wait=True))
-            yield self.load(key)
+            yield
 
     def files(self, key: str) -> dict[str, bytes]:
         """The files of the adapter named `key`, to be `add`ed to a store that another machine cannot see.

@@ -16,7 +16,8 @@ prepare_environment()
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ttt_harness.adapters.names import fingerprint
-from ttt_harness.adapters.prune import keep_below
-from ttt_harness.adapters.size import adapter_bytes, parse_size, size_text
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.config import LMEvalSettings, TTTConfig
 from ttt_harness.harness import results
 from ttt_harness.harness.task import support_set_of
 from ttt_harness.records import TaskRecord
-from ttt_harness.run.evaluation import Evaluation
 from ttt_harness.run.executor import Crew
-from ttt_harness.run.fitter import record_of
-from ttt_harness.run.groups import Group, Preparation, group_by_task
+from ttt_harness.run.groups import Group
 from ttt_harness.run.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -69,6 +66,7 @@ class TTTVLLM(LM):
         # Not before the workers have begun to import the same.
         from ttt_harness.run import local
         from ttt_harness.run.model_arguments import ModelArguments
+        from ttt_harness.run.preflight import Preflight
         from ttt_harness.serving.answering import Answering
 
         self._local = local
@@ -79,8 +77,10 @@ class TTTVLLM(LM):
         self.records: dict[str, TaskRecord] = {}
         self._settings = local.stated_settings(self.config)
         self._fits = self.config.fits
+        self._base_model: Future[str] = Future()
         if self._fits:
             self._base_model = local.in_background(lambda: fingerprint(self.arguments.model_dir), name="fingerprint")
+        self._preflight = Preflight(self.arguments, self.answering, self.store, self._base_model)
         if self._pool is None:
             self._worker = local.make_worker(self.arguments, self.answering, self.store)
             local.preload(self.arguments, self.answering, engine=self.answers)
@@ -148,41 +148,22 @@ class TTTVLLM(LM):
         Raises:
             TTTError: a task cannot be fitted or asked, or the run fails; see `run.evaluation.Evaluation`.
         """
-        keep = results.keep_answers(requests)
-        requests = self.answering.seeded(kind, requests, seed=self.config.seed)
-        groups = group_by_task(requests)
-        fitted = [group for group in groups if self._is_fitted(group, requests, kind)]
-        checked = {
-            group.task: self.answering.check(
-                kind,
-                [requests[index] for index in group.indices],
-                fitted=group in fitted,
-                truncate=self.config.truncate,
-            )
-            for group in groups
-        }
-        if fitted:
-            self._prepare(fitted)
-        evaluation = Evaluation(
-            groups,
+        evaluation, checked = self._preflight.evaluation(
             requests,
             kind,
-            stored=self._stored(fitted),
-            epochs=self.config.epochs or 0,
-            store=str(self.store.root),
-            keep=keep,
+            is_fitted=lambda group: self._is_fitted(group, requests, kind),
+            keep=results.keep_answers(requests),
         )
-        self._check_room(fitted, evaluation.to_fit)
         with RunProgress(evaluation.work) as progress:
             if self.arguments.memory is not None and evaluation.to_fit:
                 progress.say(self.arguments.memory.reason)
             with self._crew(progress) as crew:
                 evaluation.run(crew, self.arguments.workers, progress)
-        for group in groups:
-            record = evaluation.records[group.task]
-            record.truncated, record.sampling = checked[group.task].truncated, checked[group.task].sampling
-            record.adapter = record.adapter or checked[group.task].adapter
-            self._note(record, group)
+        for task, record in evaluation.records.items():
+            said = checked[task]
+            record.truncated, record.sampling = said.truncated, said.sampling
+            record.adapter = record.adapter or said.adapter
+            self._note(task, record)
         return evaluation.answers
 
     def fit(self, requests: Sequence[Instance]) -> dict[str, TaskRecord]:
@@ -230,61 +211,6 @@ class TTTVLLM(LM):
             support_set_of(requests[group.indices[0]])  # says what to do
         return group.support is not None
 
-    def _prepare(self, groups: Sequence[Group]) -> None:
-        """Give the groups their training sequences and keys."""
-        config, answering, shape = self.config, self.answering, self.arguments.shape
-        assert shape is not None
-        settings = self._local.fit_settings(config, answering.dtype_name)
-        of_context = shape.determinants(answering.max_length)
-        Preparation(
-            method=config.how,
-            name=config.method,
-            encode=answering.encode,
-            render=answering.render_chat,
-            max_length=answering.max_length,
-            num_permutations=config.num_permutations,
-            shuffle=config.shuffle,
-            seed=config.seed,
-            loss_on=config.loss_on,
-            determinants=lambda sequences: settings.determinants(self._base_model.result(), sequences) | of_context,
-        ).prepare(groups)
-        for group in groups:
-            for sequence in group.sequences:
-                shape.check_tokens(sequence.tokens, what=f"{group.task}: a training sequence")
-
-    def _stored(self, groups: Sequence[Group]) -> dict[str, TaskRecord]:
-        """The records of those adapters that are in the store."""
-        found = {}
-        for key in dict.fromkeys(group.key for group in groups if group.key):
-            if adapter := self.store.load(key):
-                found[key] = record_of(adapter, reused=True)
-        return found
-
-    def _check_room(self, groups: Sequence[Group], to_fit: Collection[str]) -> None:
-        """Say what the adapters that have to be fitted take on disk, and keep the store below its limit.
-
-        Raises:
-            StoreError: there is no room for them.
-        """
-        if not to_fit:
-            return
-        assert self.arguments.shape is not None
-        needed = len(to_fit) * adapter_bytes(self.arguments.shape, self.config.lora_rank, self.answering.dtype)
-        if self.config.adapter_limit is not None:
-            limit = parse_size(self.config.adapter_limit, of="adapter_limit")
-            for entry in keep_below(
-                self.store, limit, needed=needed, keep={group.key for group in groups if group.key}
-            ):
-                _log.info("The adapter %s (%s) is removed, for adapter_limit=.", entry.key, entry.task)
-        free = self.store.check_room(needed)
-        _log.info(
-            "%d adapters to fit take %s in %s; %s are free.",
-            len(to_fit),
-            size_text(needed),
-            self.store.root,
-            size_text(free),
-        )
-
     @contextlib.contextmanager
     def _crew(self, progress: RunProgress) -> Iterator[Crew]:
         """Who fits and answers."""
@@ -302,14 +228,13 @@ class TTTVLLM(LM):
         with self._pool.crew(self.store, environment, progress) as crew:
             yield crew
 
-    def _note(self, record: TaskRecord, group: Group) -> None:
+    def _note(self, task: str, record: TaskRecord) -> None:
         """Keep what the run states about a task, and warn where its adapter does nothing."""
-        record.plain = group.key is None and (self._fits or group.support is None)
-        self.records[group.task] = record
+        self.records[task] = record
         if record.changes_output is False:
             _log.warning(
                 "%s: the adapter %s does not change the model's output; lr=%s and epochs=%s may be too small.",
-                group.task,
+                task,
                 record.adapter,
                 self.config.lr,
                 self.config.epochs,

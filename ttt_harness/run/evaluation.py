@@ -127,7 +127,7 @@ class Evaluation:
         """The record of a task before anything is answered."""
         key = self._groups[number].key
         if key is None:
-            return TaskRecord()
+            return TaskRecord(plain=self._groups[number].support is None)
         record = self._adapters[key]
         # Fitted for the first of the tasks that share it, and there already for the others.
         return dataclasses.replace(record, reused=record.reused or self._first[key] != number)

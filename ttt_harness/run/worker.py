@@ -113,8 +113,9 @@ class Worker:
         record, adapter = TaskRecord(), None
         with ExitStack() as held:
             if order.key is not None:
+                held.enter_context(self.store.holding(order.key))
                 stored = self.stored(order.key)
-                if held.enter_context(self.store.using(order.key)) is None:
+                if not stored.path.is_dir():  # removed before it was held
                     raise AdapterGone(f"the adapter {order.key} is no longer in {self.store.root}.")
                 record, adapter = record_of(stored, reused=True), self.answering.model.adapter(order.key, stored.path)
             held.enter_context(self._engine_lock)

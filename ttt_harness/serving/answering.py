@@ -34,8 +34,10 @@ from ttt_harness.serving.sampling import request_seed, sampling_params, vllm_arg
 
 _log = logging.getLogger(__name__)
 
-# A text has at most so many tokens for each of its bytes, whatever a tokenizer's normalization makes of it.
+# Of an ASCII character a tokenizer makes one token at most. Of the bytes of others at most so many each, whatever its
+# normalization makes of them; and it may put some tokens before and after a text.
 TOKENS_PER_BYTE = 16
+ADDED_TOKENS = 16
 # Enough of a text to tell a model with an adapter from one without.
 PROBE_TOKENS = 32
 # What results state of answers that are drawn.
@@ -254,13 +256,13 @@ class Answering(vllm_causallms.VLLM):
         """The tokens of each text; 0 where it is plain that the text and its answer fit the window."""
         window = self.max_length
         try:
-            sizes = [len(text.encode()) for text in texts]
+            most = [_most_tokens(text) for text in texts]
         except UnicodeEncodeError as error:
             raise DataError(f"{task}: {quoted(error.object)} has half a character ({error.reason}).") from None
         measured = {
             text
-            for text, size, budget in zip(texts, sizes, budgets, strict=True)
-            if TOKENS_PER_BYTE * size + budget > window
+            for text, tokens_at_most, budget in zip(texts, most, budgets, strict=True)
+            if tokens_at_most + budget > window
         }
         measured |= {min(texts, key=len), max(texts, key=len)}  # may have no token, and one that the model lacks
         tokens = dict(zip(measured, self.tok_encode(list(measured)), strict=True))
@@ -431,3 +433,14 @@ class Answering(vllm_causallms.VLLM):
     def dtype_name(self) -> str:
         """`dtype` as the command line writes it."""
         return str(self.dtype).removeprefix("torch.")
+
+
+def _most_tokens(text: str) -> int:
+    """More tokens than any tokenizer makes of `text`.
+
+    Raises:
+        UnicodeEncodeError: it holds half a character.
+    """
+    size = len(text.encode())
+    ascii_size = size if text.isascii() else len(text.encode("ascii", "ignore"))
+    return ascii_size + TOKENS_PER_BYTE * (size - ascii_size) + ADDED_TOKENS
