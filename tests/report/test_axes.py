@@ -160,6 +160,14 @@ def test_json_states_the_sweep(tmp_path, capsys):
     assert sweep == {"method": "ttt", "axes": ["lr"], "name": "g", "best": {"lr": 3e-4}, "within_noise": []}
 
 
+def test_json_states_settings_that_are_no_numbers(tmp_path, capsys):
+    for i, lr in enumerate((float("inf"), [float("nan")], None, "x", 1e-4)):
+        write(tmp_path / str(i), 0.5, lr=lr)
+    assert cli.main(["summary", str(tmp_path), "--format", "json"]) == 0
+    found = [row["settings"]["lr"] for row in json.loads(capsys.readouterr().out)["rows"] if row["name"] == "g"]
+    assert found == [1e-4, "inf", None, "[nan]", "x"]
+
+
 def test_other_texts_around_the_questions_are_no_axis(tmp_path):
     for name in ("a", "b"):
         path = write(tmp_path / name, 0.5)

@@ -125,10 +125,13 @@ def sentence_or_nothing(capsys: pytest.CaptureFixture[str], *arguments: object) 
 
 
 def base_and_other(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Two runs, and beside them a third with another learning rate, which makes a sweep."""
     tasks = {"bbh_ttt_snarks": [1.0, 0.0, 1.0, 0.0], "bbh_ttt_navigate": [0.0, 1.0, 1.0]}
     settings = {"seed": seed % 2 + 42}
     base = write_run(folder / "icl", tasks, group="bbh_ttt", metadata={"choices": ["(A)", "(B)"]})
     other = write_run(folder / "ttt", tasks, group="bbh_ttt", source="ttt_vllm", ttt=ttt(list(tasks), **settings))
+    facts = ttt(list(tasks), lr=3e-4, **settings)
+    write_run(folder / "lr=3e-4", tasks, group="bbh_ttt", source="ttt_vllm", ttt=facts)
     return base, other
 
 

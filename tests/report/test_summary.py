@@ -182,6 +182,13 @@ def test_several_sweeps_are_refused(capsys, tmp_path, first, second, said):
     assert call(capsys, tmp_path / "a")[0] == call(capsys, tmp_path / "b")[0] == 0
 
 
+def test_long_lists_of_tasks_that_begin_alike_are_told_apart(capsys, tmp_path):
+    write(tmp_path / "a", 5, tasks=["a", "b", "c"], group=None)
+    write(tmp_path / "b", 5, tasks=["a", "b", "d"], group=None, seed=43)
+    _, _, err = call(capsys, tmp_path)
+    assert "the runs of ttt differ in tasks (only some have c, d)" in err
+
+
 def test_methods_with_different_seeds_are_said(three_seeds):
     write(three_seeds / "icl", 5, method="icl")
     assert "The methods have different seeds: random 42, 43, 44; icl 42; ttt 42, 43, 44." in read([three_seeds]).remarks

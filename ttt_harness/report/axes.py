@@ -222,6 +222,16 @@ def _difference(
         return compare_unpaired(best[0].mean, other[0].mean, best[1], other[1])
 
 
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON can state them: finite numbers, truth values and texts; everything else by its text."""
+    return {
+        axis: value
+        if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+        else value_text(value)
+        for axis, value in settings.items()
+    }
+
+
 def _distinct(values: Any) -> list[Any]:
     by_key = {_key(value): value for value in values}
     return sorted(by_key.values(), key=_rank)

@@ -282,5 +282,9 @@ def _differences(runs: Iterable[Run], keys: Sequence[str]) -> list[str]:
         values = [setup.get(key) for setup in setups]
         if any(value != values[0] for value in values):
             shown = ["not given" if v is None else some(v, 1) if isinstance(v, list) else str(v) for v in values]
+            if len(set(shown)) == 1:  # long lists that begin alike
+                lists: list[set[str]] = [set(map(str, v)) for v in values if isinstance(v, list)]
+                in_some = set().union(*lists) - lists[0].intersection(*lists[1:])
+                shown = [f"only some have {some(sorted(in_some))}"]
             found.append(f"{key} ({', '.join(dict.fromkeys(shown))})")
     return found

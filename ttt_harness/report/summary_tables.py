@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from ttt_harness.report import published
-from ttt_harness.report.axes import Point, Sweep, point_text, value_text
+from ttt_harness.report.axes import Point, Sweep, plain, point_text, value_text
 from ttt_harness.report.compare import task_prefix
 from ttt_harness.report.summary import Line, Summary
 from ttt_harness.report.tables import markdown
@@ -66,7 +66,7 @@ def as_csv(summary: Summary) -> str:
 def as_json(summary: Summary) -> str:
     """{"schema", "remarks", "rows", "sweeps"}; rows as in the CSV, null for "there is none", `seeds` as a list."""
     rows = [
-        {**record, "seeds": list(line.seeds), "settings": dict(line.settings)}
+        {**record, "seeds": list(line.seeds), "settings": plain(line.settings)}
         for record, line in zip(records(summary), summary.lines, strict=True)
     ]
     sweeps = [
@@ -74,8 +74,8 @@ def as_json(summary: Summary) -> str:
             "method": sweep.method,
             "axes": list(sweep.axes),
             "name": sweep.name,
-            "best": dict(sweep.best.settings),
-            "within_noise": [dict(rival.point.settings) for rival in sweep.rivals if rival.within_noise],
+            "best": plain(sweep.best.settings),
+            "within_noise": [plain(rival.point.settings) for rival in sweep.rivals if rival.within_noise],
         }
         for sweep in summary.sweeps
     ]
