@@ -16,6 +16,7 @@ from typing import Any
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.cluster import session
 from ttt_harness.cluster.worker import Board, RayWorker, WorkerEnvironment
+from ttt_harness.config import LMEvalSettings, TTTConfig
 from ttt_harness.errors import ClusterError, ConfigError, StoreError
 from ttt_harness.run.evaluation import MOST_REPEATS
 from ttt_harness.run.executor import SECONDS_BETWEEN_LOOKS, WorkerLost
@@ -327,3 +328,16 @@ def shared_pool(workers: int, *, gpus_per_worker: int) -> Pool:
             _pool.close()
         _pool = Pool(workers, gpus_per_worker=gpus_per_worker)
     return _pool
+
+
+def begin_workers(pretrained: str | None, dtype: str, model_args: Mapping[str, Any]) -> Pool | None:
+    """The workers of a run with `data_parallel_size` above 1, which begin to load; what is wrong is said later."""
+    asked = LMEvalSettings.from_mapping(model_args)
+    workers = asked.data_parallel_size or 1
+    if pretrained is None or workers < 2:
+        return None
+    TTTConfig.from_mapping(model_args)
+    pool = shared_pool(workers, gpus_per_worker=asked.tensor_parallel_size or 1)
+    given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
+    pool.load({"pretrained": pretrained, "dtype": dtype, **given})
+    return pool

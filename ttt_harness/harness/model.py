@@ -16,26 +16,23 @@ prepare_environment()
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from ttt_harness.adapters.names import fingerprint
 from ttt_harness.adapters.store import AdapterStore
-from ttt_harness.config import LMEvalSettings, TTTConfig
+from ttt_harness.cluster.pool import begin_workers
 from ttt_harness.harness import results
 from ttt_harness.harness.task import support_set_of
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.executor import Crew
 from ttt_harness.run.groups import Group
 from ttt_harness.run.progress import RunProgress
-
-if TYPE_CHECKING:
-    from ttt_harness.cluster.pool import Pool
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +59,7 @@ class TTTVLLM(LM):
 
     def __init__(self, pretrained: str | None = None, dtype: str = "auto", **model_args: Any) -> None:
         super().__init__()
-        self._pool = _begin_workers(pretrained, dtype, model_args)
+        self._pool = begin_workers(pretrained, dtype, model_args)
         # Not before the workers have begun to import the same.
         from ttt_harness.run import local
         from ttt_harness.run.model_arguments import ModelArguments
@@ -116,6 +113,21 @@ class TTTVLLM(LM):
     def tokenizer_name(self) -> str:
         """As lm-eval's class names it."""
         return self.answering.tokenizer_name
+
+    @property
+    def tokenizer(self) -> Any:
+        """What lm-eval states of the tokenizer, it reads here."""
+        return self.answering.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """The context window, in tokens."""
+        return self.answering.max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.answering.eot_token_id
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm-eval calls this for `--use_cache`, which is refused."""
@@ -180,24 +192,14 @@ class TTTVLLM(LM):
             raise ConfigError(f"method={self.config.method} fits nothing here; choose another method, and no adapter=.")
         if self._pool is not None:
             raise ConfigError("data_parallel_size is not allowed with fit, which works in one process; leave it out.")
-        groups = []
-        for group in group_by_task(requests):
-            own = [requests[index] for index in group.indices]
-            if self._is_fitted(group, requests, own[0].request_type):
-                self.answering.check(own[0].request_type, own, fitted=True, truncate=self.config.truncate)
-                group.indices = []  # none of them is to be answered
-                groups.append(group)
-        self._prepare(groups)
-        evaluation = Evaluation(
-            groups, [], "", stored=self._stored(groups), epochs=self.config.epochs or 0, store=str(self.store.root)
+        evaluation, keys = self._preflight.fits(
+            requests, is_fitted=lambda group, kind: self._is_fitted(group, requests, kind)
         )
-        self._check_room(groups, evaluation.to_fit)
         with RunProgress(evaluation.work) as progress, self._crew(progress) as crew:
             evaluation.run(crew, 1, progress)
-        for group in groups:
-            if group.key is not None:
-                self._worker.stored(group.key)  # what is still being written is waited for
-        return {group.task: evaluation.adapters[group.key] for group in groups if group.key is not None}
+        for key in dict.fromkeys(keys.values()):
+            self._worker.stored(key)  # what is still being written is waited for
+        return {task: evaluation.adapters[key] for task, key in keys.items()}
 
     def _is_fitted(self, group: Group, requests: Sequence[Instance], kind: str) -> bool:
         """Whether the group is to be answered with an adapter.
@@ -239,18 +241,3 @@ class TTTVLLM(LM):
                 self.config.lr,
                 self.config.epochs,
             )
-
-
-def _begin_workers(pretrained: str | None, dtype: str, model_args: Mapping[str, Any]) -> "Pool | None":
-    """The workers of a run with `data_parallel_size` above 1, which begin to load; what is wrong is said later."""
-    asked = LMEvalSettings.from_mapping(model_args)
-    workers = asked.data_parallel_size or 1
-    if pretrained is None or workers < 2:
-        return None
-    TTTConfig.from_mapping(model_args)
-    from ttt_harness.cluster.pool import shared_pool
-
-    pool = shared_pool(workers, gpus_per_worker=asked.tensor_parallel_size or 1)
-    given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
-    pool.load({"pretrained": pretrained, "dtype": dtype, **given})
-    return pool

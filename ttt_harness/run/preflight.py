@@ -84,6 +84,35 @@ class Preflight:
         self._check_room(fitted, evaluation.to_fit)
         return evaluation, checked
 
+    def fits(
+        self, requests: Sequence[Any], *, is_fitted: Callable[[Group, str], bool]
+    ) -> tuple[Evaluation, dict[str, str]]:
+        """Work out what has to be fitted for requests that nobody answers.
+
+        Args:
+            requests: lm-eval's instances, of any kinds.
+            is_fitted: whether a group is answered with an adapter, by lm-eval's method of that name.
+
+        Returns:
+            The evaluation, which has no questions, and task -> key of its adapter.
+
+        Raises:
+            TTTError: as `evaluation`.
+        """
+        groups = []
+        for group in group_by_task(requests):
+            own = [requests[index] for index in group.indices]
+            kind = str(own[0].request_type)
+            if is_fitted(group, kind):
+                self.answering.check(kind, own, fitted=True, truncate=self.arguments.config.truncate)
+                group.indices = []
+                groups.append(group)
+        self._prepare(groups)
+        epochs = self.arguments.config.epochs or 0
+        evaluation = Evaluation(groups, [], "", stored=self._stored(groups), epochs=epochs, store=str(self.store.root))
+        self._check_room(groups, evaluation.to_fit)
+        return evaluation, {group.task: group.key for group in groups if group.key is not None}
+
     def _prepare(self, groups: Sequence[Group]) -> None:
         """Give the groups their training sequences and keys."""
         config, answering, shape = self.arguments.config, self.answering, self.arguments.shape
