@@ -210,7 +210,7 @@ def going(address, folder, *run):
 def wait_for(node, method, run):
     """Wait until a worker of the node is at `method`; Ray names a process by what it runs."""
     end = time.monotonic() + 120
-    while not any(line.startswith(f"ray::Worker.{method}") for line in map(line_of, node.children(recursive=True))):
+    while not any(line.startswith(f"ray::RayWorker.{method}") for line in map(line_of, node.children(recursive=True))):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)

@@ -62,8 +62,10 @@ def test_vllm_reserves_the_rank_under_which_adapters_are_written(save_tokenizer,
         save_tokenizer(tmp_path / name)
         write_checkpoint(tmp_path / name, CHECKPOINTS[name])
     phi3 = {"pretrained": str(tmp_path / "phi3"), "dtype": "float32", "max_model_len": 256}
-    assert TTTVLLM(**phi3, lora_rank=64).model.engine_args["max_lora_rank"] == 128
-    assert TTTVLLM(**phi3 | {"pretrained": str(tmp_path / "mistral")}).model.engine_args["max_lora_rank"] == 64
+    assert TTTVLLM(**phi3, lora_rank=64).answering.model.engine_args["max_lora_rank"] == 128
+    assert (
+        TTTVLLM(**phi3 | {"pretrained": str(tmp_path / "mistral")}).answering.model.engine_args["max_lora_rank"] == 64
+    )
     with pytest.raises(ConfigError, match="vLLM takes one of 128, 256, 320, 512 for lora_rank=64"):
         TTTVLLM(**phi3, lora_rank=64, max_lora_rank=64)
     with pytest.raises(ConfigError, match="lora_rank=300 is not allowed for Phi3ForCausalLM"):

@@ -112,7 +112,7 @@ def test_chats_are_fitted_and_asked_through_the_template(evaluate, multiturn):
 def test_tokens_of_training_texts_are_those_that_lm_eval_scores(evaluate, chat_model):
     from ttt_harness.harness.model import TTTVLLM
 
-    model = TTTVLLM(str(chat_model), method="icl", **ENGINE)
+    model = TTTVLLM(str(chat_model), method="icl", **ENGINE).answering
     for options in ({}, {"apply_chat_template": True, "system_instruction": "Be brief."}):
         results = evaluate(SCORED, options=options, method="icl")
         pairs = [pair for task in SCORED for document in requests(results, task) for pair in document]

@@ -29,7 +29,7 @@ def actors(method=""):
             line = process.cmdline()
         except psutil.Error:
             continue
-        if line and line[0].startswith(f"ray::Worker.{method}"):
+        if line and line[0].startswith(f"ray::RayWorker.{method}"):
             found.append(process)
     return found
 
@@ -144,7 +144,7 @@ def test_a_shared_adapter_is_fitted_once(evaluate, tmp_path):
 def test_what_kills_every_worker_ends_the_run(evaluate, tmp_path):
     from ttt_harness.errors import ClusterError
 
-    with Killer(["fit"] * 9), pytest.raises(ClusterError, match=r"the fit of \S+ ended 3 workers") as error:
+    with Killer(["fit"] * 9), pytest.raises(ClusterError, match=r"the fit of \S+ failed 3 times") as error:
         evaluate(tmp_path, 2, TASKS[:1], num_permutations=2000)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)

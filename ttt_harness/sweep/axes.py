@@ -73,6 +73,7 @@ NOT_AXES = {
     "method": "--methods chooses the methods",
     "seed": "--seeds chooses the seeds",
     "adapter_dir": "it does not change a result",
+    "adapter_limit": "it does not change a result",
     "adapter": "it is one that you bring; give it to all cells in --model_args",
     "on_plain_task": "it does not change the result of a TTT task",
     "overlap": "it does not change the result of a task that is allowed",
