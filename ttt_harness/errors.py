@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -56,15 +56,30 @@ def debugging() -> bool:
 
 
 @contextmanager
-def ending_in_one_sentence() -> Iterator[None]:
-    """End the process with status 1 and the message of a `TTTError` that leaves the block."""
+def ending_in_one_sentence(interrupted: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """End the process with status 1 and the message of a `TTTError` that leaves the block; with 130 after Ctrl-C.
+
+    The notes of an error stand before its message.
+
+    Args:
+        interrupted: whether Ctrl-C is to end in one line too; it is asked when that happens.
+    """
     try:
         yield
     except TTTError as error:
         if debugging():
             traceback.print_exc()
+        for note in getattr(error, "__notes__", ()):
+            complain(f"note: {note}")
         complain(f"error: {error}")
         raise SystemExit(1) from None
+    except KeyboardInterrupt as error:
+        if not interrupted():
+            raise
+        if debugging():
+            traceback.print_exc()
+        complain("; ".join(["Stopped", *getattr(error, "__notes__", ())]))
+        raise SystemExit(130) from None
 
 
 def report_errors_in_one_sentence() -> None:
