@@ -17,7 +17,6 @@ import inspect
 import logging
 import os
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ from lm_eval.loggers import EvaluationTracker
 
 from ttt_harness import patches
 from ttt_harness.config import cache_dir
-from ttt_harness.errors import ResultsError, TTTError, debugging
+from ttt_harness.errors import ResultsError, TTTError
 from ttt_harness.harness.answer_log import AnswerLog
+from ttt_harness.terminal import trace_if_asked
 
 # The model classes whose results are watched; a baseline by another one is lm-eval's own affair.
 OURS = ("ttt_random", "ttt_vllm")
@@ -207,8 +207,7 @@ def tell_at_the_end(error: TTTError) -> None:
     """
     if _command is None:
         raise error
-    if debugging():
-        traceback.print_exception(error)
+    trace_if_asked(error)
     _command.errors.append(error)
 
 
@@ -283,8 +282,7 @@ def _heard() -> Iterator[list[Exception]]:
             return record.levelno >= shown
         if error not in errors:
             errors.append(error)
-            if debugging():
-                traceback.print_exception(error)
+            trace_if_asked(error)
         return False
 
     logger.setLevel(logging.INFO if shown > logging.INFO else shown)
