@@ -6,15 +6,12 @@ makes a `ttt_vllm` model (`report_errors_in_one_sentence`); `LMEVAL_LOG_LEVEL=DE
 catch `TTTError`, or one of its kinds, as usual.
 """
 
-import logging
-import os
 import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from ttt_harness.terminal import complain
+from ttt_harness.terminal import complain, trace_if_asked
 
 
 class TTTError(Exception):
@@ -49,26 +46,33 @@ class ReportError(TTTError):
     """A results file is missing, damaged, or cannot be compared with another."""
 
 
-def debugging() -> bool:
-    """Whether the user asks for tracebacks, with `LMEVAL_LOG_LEVEL=DEBUG` or with lm-eval's logger at that level."""
-    asked = os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
-    return asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
-
-
 @contextmanager
-def ending_in_one_sentence() -> Iterator[None]:
-    """End the process with status 1 and the message of a `TTTError` that leaves the block."""
+def ending_in_one_sentence(interrupted: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """End the process with status 1 and the message of a `TTTError` that leaves the block; with 130 after Ctrl-C.
+
+    The notes of an error stand before its message.
+
+    Args:
+        interrupted: whether Ctrl-C is to end in one line too; it is asked when that happens.
+    """
     try:
         yield
     except TTTError as error:
-        if debugging():
-            traceback.print_exc()
+        trace_if_asked(error)
+        for note in getattr(error, "__notes__", ()):
+            complain(f"note: {note}")
         complain(f"error: {error}")
         raise SystemExit(1) from None
+    except KeyboardInterrupt as error:
+        if not interrupted():
+            raise
+        trace_if_asked(error)
+        complain("; ".join(["Stopped", *getattr(error, "__notes__", ())]))
+        raise SystemExit(130) from None
 
 
 def report_errors_in_one_sentence() -> None:
-    """End the process with the message of an uncaught `TTTError`, and no traceback unless logging is at DEBUG.
+    """End the process with the message of an uncaught `TTTError`, and no traceback unless one is asked for.
 
     Safe to call twice. Other exceptions go to the hook that was there before.
     """
@@ -77,7 +81,8 @@ def report_errors_in_one_sentence() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, TTTError) and not debugging():
+        if isinstance(error, TTTError):
+            trace_if_asked(error)
             complain(f"error: {error}")
         else:
             previous(kind, error, trace)

@@ -218,7 +218,7 @@ def add_endings() -> None:
 
     def ending(execute: Callable[..., Any]) -> Callable[..., Any]:
         def execute_and_end(self: Any, args: Any) -> Any:
-            with ending_in_one_sentence():
+            with ending_in_one_sentence(interrupted=lambda: "ttt_harness.harness.model" in sys.modules):
                 if getattr(args, "model", None) == "ttt_vllm":
                     prepare_environment()  # some of it has to stand there before lm-eval imports torch
                 return execute(self, args)

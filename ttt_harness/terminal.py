@@ -8,8 +8,10 @@ wrote. They pass through `visible` before they are printed, and go into rich's t
 import codecs
 import io
 import json
+import logging
 import os
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
@@ -82,6 +84,22 @@ def complain(text: object) -> None:
         _discard(sys.stderr)
 
 
+def trace_if_asked(error: BaseException) -> None:
+    """Print the traceback of `error` where the user asks for it, with `LMEVAL_LOG_LEVEL=DEBUG` or lm-eval's logger.
+
+    It holds the errors that led to `error`, those too in whose place a sentence was put (`raise ... from None`).
+    """
+    asked = os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG"
+    if not (asked or logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)):
+        return
+    one: BaseException | None = error
+    while one is not None:
+        one.__suppress_context__ = one.__cause__ is not None
+        one = one.__cause__ or one.__context__
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        complain(line)
+
+
 def run_command(command: Callable[[], int], refusal: type[Exception]) -> int:
     """Run a command and return its exit status.
 
@@ -97,6 +115,7 @@ def run_command(command: Callable[[], int], refusal: type[Exception]) -> int:
         finally:
             sys.stdout.flush()
     except refusal as error:
+        trace_if_asked(error)
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:

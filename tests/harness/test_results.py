@@ -175,3 +175,14 @@ def test_a_task_that_cannot_be_scored_costs_the_others_nothing(command, tmp_path
     assert {(answer["task"], answer["kind"]) for answer in kept} == {(n, "generate_until") for n in ("fails", "sums")}
     assert all(answer["prompt"].startswith("Q: ") and answer["answer"] == "" for answer in kept)
     assert {answer["doc_id"] for answer in kept} == set(range(18))
+
+
+def test_debugging_adds_the_tracebacks_of_what_failed(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "DEBUG")
+    code, yaml = FAILING["aggregation"]
+    (tmp_path / "failing.py").write_text(code)
+    write_task(tmp_path, "fails", yaml)
+    status, err = command("--output_path", "out", tasks="fails")
+    assert status == 1
+    assert [line for line in err if line.endswith(", in aggregate")]
+    assert err[-1].startswith("error: fails (")

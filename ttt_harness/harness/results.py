@@ -17,7 +17,6 @@ import inspect
 import logging
 import os
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,9 @@ from lm_eval.loggers import EvaluationTracker
 
 from ttt_harness import patches
 from ttt_harness.config import cache_dir
-from ttt_harness.errors import ResultsError, TTTError, debugging
+from ttt_harness.errors import ResultsError, TTTError
 from ttt_harness.harness.answer_log import AnswerLog
+from ttt_harness.terminal import trace_if_asked
 
 # The model classes whose results are watched; a baseline by another one is lm-eval's own affair.
 OURS = ("ttt_random", "ttt_vllm")
@@ -89,7 +89,8 @@ def keep_answers(requests: Sequence[Instance]) -> Callable[[Sequence[Instance], 
             _try_samples(folder, requests)
     else:
         folder = cache_dir() / "answers"
-        _try_writing(folder, f"answers_{DATE}.jsonl", 0, what="the answers of this run", remedy=OTHER_CACHE)
+        size = sum(_sizes(requests).values())
+        _try_writing(folder, f"answers_{DATE}.jsonl", size, what="the answers of this run", remedy=OTHER_CACHE)
     if _answers is None or _answers.path.parent != folder:
         _answers = AnswerLog(folder)
     return _answers.add
@@ -126,14 +127,20 @@ def _try_results(tracker: EvaluationTracker, folder: Path) -> None:
 
 
 def _try_samples(folder: Path, requests: Sequence[Instance]) -> None:
-    sizes: dict[str, int] = defaultdict(int)
-    for request in requests:
-        sizes[str(request.task_name)] += sum(len(text) for text in request.args if isinstance(text, str))
+    sizes = _sizes(requests)
     for task in sizes:
         what = f"the samples of {task}"
         _try_writing(folder, f"samples_{task}_{DATE}.jsonl", 0, what=what, remedy=OTHER_FOLDER)
     what = "the samples of all tasks"
     _try_writing(folder, f"samples_{DATE}.jsonl", sum(sizes.values()), what=what, remedy=OTHER_FOLDER)
+
+
+def _sizes(requests: Sequence[Instance]) -> Mapping[str, int]:
+    """Of each task's prompts, in bytes."""
+    sizes: dict[str, int] = defaultdict(int)
+    for request in requests:
+        sizes[str(request.task_name)] += sum(len(text) for text in request.args if isinstance(text, str))
+    return sizes
 
 
 def _try_writing(folder: Path, name: str, size: int, *, what: str, remedy: str) -> None:
@@ -184,8 +191,8 @@ def watching_run() -> Iterator[None]:
             raise errors[0]
         if errors:
             raise ResultsError(" ".join(str(error) for error in errors))
-    except BaseException:
-        _keep_for_good()
+    except BaseException as error:
+        _keep_for_good(error)
         raise
     finally:
         _command = before
@@ -200,8 +207,7 @@ def tell_at_the_end(error: TTTError) -> None:
     """
     if _command is None:
         raise error
-    if debugging():
-        traceback.print_exception(error)
+    trace_if_asked(error)
     _command.errors.append(error)
 
 
@@ -276,8 +282,7 @@ def _heard() -> Iterator[list[Exception]]:
             return record.levelno >= shown
         if error not in errors:
             errors.append(error)
-            if debugging():
-                traceback.print_exception(error)
+            trace_if_asked(error)
         return False
 
     logger.setLevel(logging.INFO if shown > logging.INFO else shown)
@@ -289,13 +294,13 @@ def _heard() -> Iterator[list[Exception]]:
         logger.setLevel(level)
 
 
-def _keep_for_good() -> None:
-    """Say where the answers are that nobody has scored, and begin a new file with the next run."""
+def _keep_for_good(error: BaseException) -> None:
+    """Have `error` say where the answers are that nobody has scored; the next run begins a new file."""
     global _answers
     kept, _answers = _answers, None
     if kept is not None and kept.answers:
         kept.close()
-        print(f"note: the {kept.answers} answers of this run are in {kept.path}", file=sys.stderr)
+        error.add_note(f"the {kept.answers} answers of this run are in {kept.path}")
 
 
 def _drop_answers() -> None:

@@ -5,6 +5,7 @@ A variable that the user has set is left as it is.
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from ttt_harness.config import cache_dir
 
 # Stands in the environment of every process of an engine that `ttt_vllm` has made.
 ENGINE_VARIABLE = "TTT_VLLM_ENGINE"
+
+# What torch compiles for the fits of one model, in bytes, generously.
+KERNEL_BYTES = 2**26
 
 _set_here: dict[str, str] = {}
 
@@ -62,9 +66,11 @@ def _kernel_cache() -> Path | None:
     try:
         folder = cache_dir() / "torch"
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, KERNEL_BYTES)
     except (OSError, RuntimeError):  # a full or read-only disk; no home folder
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
 
 
 def _has_ray_token() -> bool:
