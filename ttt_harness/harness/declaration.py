@@ -21,7 +21,7 @@ from lm_eval.config.task import FewshotConfig, TaskConfig
 from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.harness.rows import choices_problem
-from ttt_harness.harness.user_code import own_words, shown
+from ttt_harness.harness.user_code import own_words, printable, shown
 
 # Besides the fields of TaskConfig: what lm-eval itself takes out of a YAML.
 STRUCTURE_KEYS = ("class", "group", "include", "tag", "task_list")
@@ -33,9 +33,9 @@ MOST_VALUES = 100_000
 def where(config: Mapping[str, Any]) -> str:
     """A task as messages name it: with its YAML, where lm-eval has told it."""
     name = config.get("task")
-    name = name if isinstance(name, str) and name else "this task"
+    name = printable(name) if isinstance(name, str) and name else "this task"
     source = _source(config)
-    return f"{name} ({source})" if source else name
+    return f"{name} ({printable(source)})" if source else name
 
 
 def folder_of(config: Mapping[str, Any]) -> Path | None:
@@ -79,7 +79,7 @@ def check(config: Mapping[str, Any]) -> None:
             f"{task}: output_type {shown(kind)} is not allowed; use one of generate_until, loglikelihood, "
             "multiple_choice."
         )
-    if senses := [key for key in ("doc_to_image", "doc_to_audio") if config.get(key)]:
+    if senses := [key for key in ("doc_to_image", "doc_to_audio") if config.get(key) is not None]:
         raise ConfigError(
             f"{task} cannot be a TTT task: {senses[0]} asks about {senses[0].removeprefix('doc_to_')}, "
             "and only text can be fitted and served; take out that key, or evaluate the task with a multimodal model."
@@ -131,10 +131,10 @@ def unreadable_yaml(path: Path, error: Exception) -> ConfigError:
 # Values
 
 
-def _whole(least: int) -> tuple[str, Callable[[Any], bool]]:
+def _whole(least: int, most: int | None = None) -> tuple[str, Callable[[Any], bool]]:
     return (
-        f"a whole number of at least {least}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}",
+        lambda value: type(value) is int and least <= value and (most is None or value <= most),
     )
 
 
@@ -180,10 +180,13 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "metric_list": _of("a list of mappings, each with a metric", list),
     "output_type": _TEXT,
     "generation_kwargs": _MAPPING,
-    "repeats": _whole(1),
+    "repeats": _whole(1, 1000),
+    "unsafe_code": _of("true or false", bool),
     "filter_list": _of("a list of mappings, each with a name and a filter", list),
     "gen_prefix": _TEXT,
 }
+# Keys whose defaults a null would put out of force.
+NOT_NULL = ("fewshot_delimiter", "output_type", "repeats", "target_delimiter")
 FEWSHOT_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sampler": _TEXT,
     "split": _TEXT,
@@ -202,6 +205,8 @@ def _check_kinds(
 ) -> None:
     for key, (words, allowed) in kinds.items():
         value = given.get(key)
+        if value is None and key in given and key in NOT_NULL:
+            raise ConfigError(f"{task}: {path}{key} is null, but has to be {words}; write one, or leave the key out.")
         if value is not None and not allowed(value):
             raise ConfigError(f"{task}: {path}{key} is {shown(value)}, but has to be {words}.")
 

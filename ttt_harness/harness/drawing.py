@@ -14,7 +14,7 @@ from lm_eval.config.task import TaskConfig
 
 from ttt_harness.config import TaskSettings
 from ttt_harness.errors import ConfigError, DataError
-from ttt_harness.harness.user_code import Row, user_code
+from ttt_harness.harness.user_code import Row, shown, user_code
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Splits:
         """A split after `process_docs`."""
         if split not in self.dataset:
             raise DataError(
-                f"{self.where}: the data set has no split '{split}'; it has {', '.join(self.dataset)}: correct the "
-                "YAML's test_split, fewshot_split, training_split or validation_split."
+                f"{self.where}: the data set has no split {shown(split)}; it has {', '.join(self.dataset)}: correct "
+                "the YAML's test_split, fewshot_split, training_split or validation_split."
             )
         docs = self.dataset[split]
         if isinstance(docs, datasets.IterableDataset):

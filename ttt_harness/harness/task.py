@@ -26,7 +26,7 @@ from ttt_harness.harness.drawing import Drawing, Splits, listed_samples
 from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
 from ttt_harness.harness.scoring import Scoring, no_score
-from ttt_harness.harness.user_code import Row, own_words, shown, user_code
+from ttt_harness.harness.user_code import Row, own_words, printable, shown, user_code
 from ttt_harness.methods import METHODS
 from ttt_harness.serving.generation import greedy_unless_sampled
 from ttt_harness.stated import is_stated_seed, stated_keys
@@ -266,8 +266,8 @@ class TTTTask(ConfigurableTask):
         # The failures of `datasets` and the hub's client share no base class: no file, a damaged one, no network.
         except Exception as error:
             raise DataError(
-                f"{self.where}: the data set {path} could not be loaded ({own_words(error)}); check dataset_path, "
-                "dataset_name and dataset_kwargs, and for the hub's data the network."
+                f"{self.where}: the data set {printable(path)} could not be loaded ({own_words(error)}); check "
+                "dataset_path, dataset_name and dataset_kwargs, and for the hub's data the network."
             ) from error
 
     def fewshot_docs(self) -> list[Row]:
@@ -408,7 +408,13 @@ class TTTTask(ConfigurableTask):
         if not field:
             return None
         with user_code(self.where, f"the template {shown(field)}", self._row(doc)):
-            return doc[field] if field in doc else self.fields.text(field, doc)
+            text = doc[field] if field in doc else self.fields.text(field, doc)
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"{self.where}: {shown(field)} is {shown(text)} for {self._row(doc).place}, where a text belongs "
+                "before a question or an answer; print it as one, or name another column."
+            )
+        return text
 
     def build_qa_turn(self, *, c: list[str] | None = None, a: Any = None, **pieces: Any) -> list[Any]:
         """As in the base class; of several right choices the first, as it is of several right texts."""

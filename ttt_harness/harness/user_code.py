@@ -57,6 +57,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
+def printable(text: str) -> str:
+    """A text in which control characters stand as Python writes them, so that none reaches a terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def own_words(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, without its full stop."""
     try:
@@ -64,8 +69,7 @@ def own_words(error: BaseException) -> str:
     except Exception:  # of a user's own class
         said = ""
     line = next((line.strip() for line in (said or "").splitlines() if line.strip()), "").rstrip(".")
-    # Not an escape sequence for the terminal.
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+    line = printable(line)
     line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
