@@ -154,6 +154,16 @@ def test_log_probabilities_leave_the_trainer_as_it_was(fitted):
     torch.testing.assert_close(before.tune_state_dict, after.tune_state_dict, rtol=0, atol=0)
 
 
+def test_a_small_adapter_that_is_not_applied_is_found_although_it_is_too_small_to_be_compared():
+    base = (-1.0, -2.0, -3.0)
+    trained = LogProbabilities(adapter=(-1.05, -2.03, -3.05), base=base)
+    check = compare_served(trained, LogProbabilities(adapter=base, base=base), dtype="bfloat16")
+    assert check.mean_difference < check.tolerance
+    assert check.verdict == served_check.NOT_APPLIED
+    near = LogProbabilities(adapter=(-1.03, -2.05, -3.02), base=base)
+    assert compare_served(trained, near, dtype="bfloat16").verdict == served_check.NO_EFFECT
+
+
 def test_what_is_not_a_number_never_passes():
     good = LogProbabilities(adapter=(-1.0, -2.0), base=(-3.0, -4.0))
     for bad in (

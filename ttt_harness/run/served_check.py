@@ -26,6 +26,9 @@ EFFECT_SHARE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 1e-1}
 BASE_FACTOR = 2.0
 # An adapter that changes the model by less than so many times the allowed difference cannot be told from others.
 VISIBLE = 4.0
+# An adapter that is not applied leaves vLLM's numbers as they are: this share of the trainer's effect counts as none.
+# That holds for small adapters too, where their effect is more than rounding (this share of the tolerance).
+STILL = 0.02
 
 AS_TRAINED = "served as trained"
 NO_EFFECT = "the adapter changes too little to be compared"
@@ -105,10 +108,10 @@ def compare_served(trained: LogProbabilities, served: LogProbabilities, *, dtype
     allowed = max(tolerance, BASE_FACTOR * base_error, EFFECT_SHARE[dtype] * effect)
     if not base_error <= BASE_FACTOR * tolerance:  # NaN is not
         verdict = OTHER_BASE
+    elif effect > STILL * tolerance and served_effect < STILL * effect:
+        verdict = NOT_APPLIED
     elif error <= allowed:
         verdict = AS_TRAINED if effect > VISIBLE * allowed else NO_EFFECT
-    elif served_effect <= tolerance / VISIBLE:
-        verdict = NOT_APPLIED
     else:
         verdict = OTHER_ADAPTER
     return ServedCheck(
