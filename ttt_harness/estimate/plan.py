@@ -225,13 +225,17 @@ def _print(cells: Sequence[CellCost], rates: Rates, each: int, deadline: float |
         f"{rates.start:.0f} s to start ({visible(rates.source)})."
     )
     print()
-    print(f"{'GPUs':>4}  {'one run, tasks spread':>21}  {'bound by':34}  {'one SLURM job a cell':>20}  bound by")
+    rows = [("GPUs", "one run, tasks spread", "bound by", "one SLURM job a cell", "bound by")]
     gpus = each
     while gpus <= max(MOST_GPUS, each):
         one, other = spread_tasks(cells, rates, gpus, each), spread_cells(cells, rates, gpus, each)
-        left = f"{gpus:4}  {duration(one.seconds):>21}  {visible(one.bound):34}"
-        print(f"{left}  {duration(other.seconds):>20}  {visible(other.bound)}")
+        rows.append(
+            (str(gpus), duration(one.seconds), visible(one.bound), duration(other.seconds), visible(other.bound))
+        )
         gpus *= 2
+    width = max(len(bound) for _, _, bound, _, _ in rows)
+    for number, spread, bound, jobs, bound_of_jobs in rows:
+        print(f"{number:>4}  {spread:>21}  {bound:{width}}  {jobs:>20}  {bound_of_jobs}")
     if deadline is not None:
         _print_cheapest(cells, rates, each, deadline)
     sys.stdout.flush()
