@@ -37,7 +37,6 @@ def test_a_slow_store_has_the_fit_after_next_wait(tmp_path, monkeypatch):
             may_write.set()
         assert [future.result(timeout=10).adapter for future in done] == [str(tmp_path / key) for key in "abc"]
     assert all(fitter.stored(key) for key in "abc")
-    fitter.close()
 
 
 def test_the_key_depends_on_every_setting_the_model_and_the_sequences():

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -142,10 +141,9 @@ class Fitter:
         self._loaded: dict[str, StoredAdapter] = {}
         self._writing: dict[str, Future[StoredAdapter]] = {}
         self._probed: dict[str, tuple[TrainingSequence, LogProbabilities]] = {}
-        self._probes = 0
+        self._probe_due = True
         # Writes an adapter while the next one is fitted.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._lock = threading.Lock()
 
     def stored(self, key: str) -> StoredAdapter | None:
         """The adapter named `key`, if it is in the store or on its way there; it is read once in a run.
@@ -185,8 +183,8 @@ class Fitter:
                     done / steps, f"{order.where}: fitting, step {done}/{steps}, loss {loss:.3f}", False
                 ),
             )
-            if not self._probes:
-                self._probes += 1
+            if self._probe_due:
+                self._probe_due = False
                 probe = probe_of(order.sequences)
                 self._probed[order.key] = probe, trainer.log_probabilities(probe, result.tune_state_dict)
             wait(list(self._writing.values()))  # else a slow store would have adapters pile up on the GPU
@@ -229,10 +227,6 @@ class Fitter:
                 dropout=self.settings.dropout,
                 record=record,
             )
-
-    def close(self) -> None:
-        """Wait for what is being written."""
-        self._writer.shutdown()
 
 
 def probe_of(sequences: Sequence[TrainingSequence]) -> TrainingSequence:

@@ -93,10 +93,11 @@ class Worker:
             AdapterGone: it is no longer there.
             StoreError: it could not be written.
         """
-        found = self._fitter.stored(key) if self._fitter else self.store.load(key)
+        look_up = self._fitter.stored if self._fitter else self.store.load
+        found = look_up(key)
         if found is None:
             with self.store.fitting(key):  # another process may be writing it
-                found = self._fitter.stored(key) if self._fitter else self.store.load(key)
+                found = look_up(key)
         if found is None:
             raise AdapterGone(f"the adapter {key} is no longer in {self.store.root}.")
         return found
@@ -115,8 +116,6 @@ class Worker:
             if order.key is not None:
                 held.enter_context(self.store.holding(order.key))
                 stored = self.stored(order.key)
-                if not stored.path.is_dir():  # removed before it was held
-                    raise AdapterGone(f"the adapter {order.key} is no longer in {self.store.root}.")
                 record, adapter = record_of(stored, reused=True), self.answering.model.adapter(order.key, stored.path)
             held.enter_context(self._engine_lock)
             if self.stages is Stages.ALTERNATING:
