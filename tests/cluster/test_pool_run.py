@@ -27,9 +27,11 @@ VERSIONS = {"vllm": "1"}
 class Sleeper(RayWorker):
     """A worker whose trainer and engine only sleep; what it is given to load tells how long, and who dies."""
 
-    def load(self, given):
+    def _load(self, given):
         self.given = given
-        return WorkerEnvironment("cpu", "float32", given["base_model"], VERSIONS, Stages[given["stages"]])
+
+    def _environment(self):
+        return WorkerEnvironment("cpu", "float32", self.given["base_model"], VERSIONS, Stages[self.given["stages"]])
 
     def use_store(self, mark):
         elsewhere = self.given.get("elsewhere")
@@ -168,3 +170,10 @@ def test_what_a_worker_refuses_ends_the_run_with_its_sentence(run):
 def test_another_model_on_a_node_is_refused(run):
     with pytest.raises(ClusterError, match=r"the base model of worker . is other, and m here"):
         run(base_model="other")
+
+
+def test_a_call_to_load_that_comes_late_changes_nothing():
+    worker = Sleeper(0, board=None)
+    worker.load({"base_model": "new", "stages": "SEQUENTIAL"}, count=2)
+    assert worker.load({"base_model": "old", "stages": "SEQUENTIAL"}, count=1).base_model == "new"
+    assert worker.load({"base_model": "newer", "stages": "SEQUENTIAL"}, count=3).base_model == "newer"

@@ -175,8 +175,8 @@ def test_adapters_come_from_a_node_that_does_not_see_the_store(tiny_model, store
 PATIENCE = 5
 IMPATIENT = f"""
 import runpy
-from ttt_harness.cluster import pool
-pool.SECONDS_TO_REPLACE = pool.SECONDS_WITHOUT_HEAD = {PATIENCE}
+from ttt_harness.cluster import pool, session
+pool.SECONDS_TO_REPLACE = session.SECONDS_WITHOUT_HEAD = {PATIENCE}
 runpy.run_module("lm_eval", run_name="__main__")
 """
 

@@ -23,7 +23,7 @@ pytestmark = [
 # of a grid of one method, two learning rates and two seeds, and one method without learning rates
 CELLS = {
     *(f"random, seed {seed}" for seed in (42, 43)),
-    *(f"ttt, lr={lr}, seed {seed}" for seed in (42, 43) for lr in ("5e-3", "1e-2")),
+    *(f"ttt, lr={lr}, seed {seed}" for seed in (42, 43) for lr in ("5e-3", "0.01")),
 }
 SETTINGS = "k=3,num_permutations=2,lora_rank=8,max_model_len=1024,dtype=float32"
 CONFIG = """
@@ -108,7 +108,7 @@ def slurm(request, tmp_path_factory):
 def test_a_sweep_of_six_cells_one_of_them_killed_ends_complete(slurm, tiny_model, tmp_path):
     out = tmp_path / "out"
     grid = [
-        *("--methods", "random,ttt", "--seeds", "42-43", "--grid", "lr=5e-3,1e-2"),
+        *("--methods", "random,ttt", "--seeds", "42-43", "--grid", "lr=5e-3,0.01"),
         *("--tasks", "procedural_ttt_boolean_expressions"),
         *("--limit", "4", "--output_path", str(out)),
         *("--model_args", f"pretrained={tiny_model},adapter_dir={tmp_path / 'adapters'},{SETTINGS}"),

@@ -52,6 +52,7 @@ class Pool:
         self.lost: dict[int, int] = {}  # worker -> how many in its place were lost, while there is none
         self.loading: dict[Any, int] = {}  # reference -> worker, whose environment is there once it has loaded
         self._given: Mapping[str, Any] = {}
+        self._loads = 0  # how often the workers were told what to load
         self._workers: dict[int, Any] = {}
         self._placed: dict[int, Any] = {}  # worker -> reference to its machine's name, which is there once it has one
         self._nodes: dict[int, str] = {}  # of those that have been ready
@@ -69,13 +70,14 @@ class Pool:
     def load(self, given: Mapping[str, Any]) -> None:
         """Have each worker load what the model arguments `given` ask for; nobody waits for it here."""
         self._given = given
+        self._loads += 1
         self.loading = {self._load(number): number for number in range(self.size)}
 
     def _load(self, number: int) -> Any:
         if number not in self._workers:
             worker = session.ray().remote(RayWorker).options(**self._options).remote(number, self._board)
             self._workers[number], self._placed[number] = worker, worker.node.remote()
-        return self._workers[number].load.remote(self._given)
+        return self._workers[number].load.remote(self._given, self._loads)
 
     def replace(self, number: int) -> None:
         """Have another worker in the place of worker `number`, which is lost."""

@@ -6,6 +6,7 @@ Both are ordinary classes, of which `pool` makes Ray actors. The worker itself i
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class RayWorker:
         self.number = number
         self._board = board
         self._given: Mapping[str, Any] | None = None
+        self._newest_load = 0
+        self._load_lock = threading.Lock()  # a worker on a GPU takes several calls at a time, in any order
         self._arguments: ModelArguments
         self._answering: Answering
         self._worker: Worker
@@ -70,13 +73,24 @@ class RayWorker:
         """The name of its machine."""
         return socket.gethostname()
 
-    def load(self, given: Mapping[str, Any]) -> WorkerEnvironment:
+    def load(self, given: Mapping[str, Any], count: int) -> WorkerEnvironment:
         """Begin to load what the model arguments `given` ask for; engine and trainer are shared with those before.
+
+        Args:
+            given: the model arguments of a run.
+            count: how often the pool has told its workers to load. A call that comes after a newer one changes
+                nothing.
 
         Raises:
             TTTError: the model is not there or cannot be used.
         """
-        from ttt_harness.adapters.names import fingerprint
+        with self._load_lock:
+            if count >= self._newest_load:
+                self._newest_load = count
+                self._load(given)
+            return self._environment()
+
+    def _load(self, given: Mapping[str, Any]) -> None:
         from ttt_harness.run import local
         from ttt_harness.run.model_arguments import ModelArguments
         from ttt_harness.serving.answering import Answering
@@ -86,6 +100,11 @@ class RayWorker:
             self._answering = Answering(arguments.model_dir, arguments.engine, arguments.adapters)
             self._arguments, self._given = arguments, given
             local.preload(self._arguments, self._answering)
+
+    def _environment(self) -> WorkerEnvironment:
+        from ttt_harness.adapters.names import fingerprint
+        from ttt_harness.run import local
+
         return WorkerEnvironment(
             device=local.fit_device(),
             dtype=self._answering.dtype_name,
