@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ttt_harness.errors import ConfigError, TTTError
+from ttt_harness.files import write_whole
 from ttt_harness.locks import file_lock
 from ttt_harness.sweep.found import MARK, RECORD, KeptError, check_complete, files_in, look, runs_in, settings_of
 from ttt_harness.sweep.grid import Cell
-from ttt_harness.sweep.notes import clear_failure, write_whole
+from ttt_harness.sweep.notes import clear_failure
 
 PARTIAL = ".partial"
 UNFINISHED = ".unfinished"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ttt_harness.files import write_whole
 from ttt_harness.sweep.grid import Cell
 
 GRID = "grid.json"
@@ -96,14 +97,3 @@ def clear_failure(cell: Cell, root: Path) -> None:
 
 def _failed(folder: Path) -> Path:
     return folder.with_name(folder.name + FAILED)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: a process that is killed leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
