@@ -350,7 +350,7 @@ class Benchmark:
         return {
             "prompt_tokens": task.prompt_tokens,
             "answer_tokens": generated,
-            "fit_flops": (self.config.epochs or 0) * flops.fit_flops(self.shape, self.config.lora_rank, task.sequences),
+            "fit_flops": self.config.epochs * flops.fit_flops(self.shape, self.config.lora_rank, task.sequences),
             "generate_flops": flops.generation_flops(self.shape, self.config.lora_rank, prompts, generated),
         }
 

@@ -61,7 +61,7 @@ def recipe_config(
             f"--permutations {sequences} is not allowed: torchtune's recipe drops a last batch that is not full; "
             f"use a multiple of {config.fit_batch_size}."
         )
-    epochs = config.epochs or 0
+    epochs = config.epochs
     steps = sequences // config.fit_batch_size * epochs
     return {
         "output_dir": str(output),
@@ -159,10 +159,10 @@ def fit(
     return {
         "seconds": done.seconds,
         "loop_seconds": done.marks["loop_end"] - done.marks["loop_start"],
-        "train_tokens": task.train_tokens * (config.epochs or 0),
+        "train_tokens": task.train_tokens * config.epochs,
         "peak_bytes": done.peak_bytes,
         "gpu_peak_bytes": done.gpu_peak_bytes,
-        "adapter": str(folder / "out" / f"epoch_{(config.epochs or 1) - 1}"),
+        "adapter": str(folder / "out" / f"epoch_{max(config.epochs, 1) - 1}"),
     }
 
 

@@ -46,8 +46,22 @@ def test_the_published_hyperparameters_are_the_defaults():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_brings_its_own_learning_rate_and_epochs_and_an_argument_wins(method):
     config = TTTConfig(method=method)
-    assert (config.lr, config.epochs) == (METHODS[method].lr, METHODS[method].epochs)
+    assert (config.lr, config.epochs) == (METHODS[method].published.lr, METHODS[method].published.epochs)
     assert TTTConfig(method=method, lr="3e-4", epochs=2).lr == 3e-4
+
+
+def _of_a_fit(**given):
+    config = TTTConfig(**given)
+    return config.num_permutations, config.fit_batch_size, config.epochs
+
+
+def test_without_shuffling_a_fit_takes_the_four_steps_of_the_study_and_an_argument_wins():
+    assert _of_a_fit(method="ttt", shuffle=False) == (1, 1, 4)
+    assert _of_a_fit(method="shared_ttt", shuffle=False) == (1, 1, 4)
+    assert _of_a_fit(method="ttt", shuffle=False, epochs=2) == (1, 1, 2)
+    assert _of_a_fit(method="ttt", shuffle=False, num_permutations=40, fit_batch_size=5, epochs=1) == (40, 5, 1)
+    # nothing is shuffled in single pairs
+    assert _of_a_fit(method="e2e", shuffle=False) == _of_a_fit(method="e2e")
 
 
 def test_values_of_the_command_line_are_read_without_loss():

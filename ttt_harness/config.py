@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +57,11 @@ def quoted(value: Any) -> str:
 def _rule(kind: type, rule: str, allowed: Any) -> Any:
     """Dataclass field metadata: the type, the rule in words, and the function or tuple that decides."""
     return {"kind": kind, "rule": rule, "allowed": allowed}
+
+
+def _published(rule: Any) -> Any:
+    """A field whose default is the published value of the method; None is never seen once the settings are made."""
+    return field(default=None, metadata=rule)
 
 
 def _one_of(values: tuple[str, ...]) -> Any:
@@ -133,8 +138,9 @@ class _Settings:
 class TTTConfig(_Settings):
     """How adapters are fitted: the model arguments of `ttt_vllm` besides those of lm-eval's `vllm` model.
 
-    `lr` and `epochs` default to the method's published values (`ttt_harness.methods`). The rest of the defaults are the
-    published hyperparameters of the `ttt` method.
+    `num_permutations`, `fit_batch_size`, `epochs` and `lr` default to the method's published values
+    (`ttt_harness.methods`), with `shuffle=False` to those of the study's runs without shuffling. The rest of the
+    defaults are the published hyperparameters of the `ttt` method.
 
     Raises:
         ConfigError: a value that is not allowed; the message says which are.
@@ -142,11 +148,11 @@ class TTTConfig(_Settings):
 
     method: str = field(default="ttt", metadata=_one_of(tuple(METHODS)))
     loss_on: str = field(default="outputs", metadata=_one_of(LOSS_ON))
-    num_permutations: int = field(default=40, metadata=_COUNT)
+    num_permutations: int = _published(_COUNT)
     shuffle: bool = field(default=True, metadata=_YES_NO)
-    fit_batch_size: int = field(default=5, metadata=_COUNT)
-    epochs: int | None = field(default=None, metadata=_rule(int, "a whole number of at least 0", lambda v: v >= 0))
-    lr: float | None = field(default=None, metadata=_rule(float, "a number from 0 to 1", lambda v: 0 <= v <= 1))
+    fit_batch_size: int = _published(_COUNT)
+    epochs: int = _published(_rule(int, "a whole number of at least 0", lambda v: v >= 0))
+    lr: float = _published(_rule(float, "a number from 0 to 1", lambda v: 0 <= v <= 1))
     warmup_ratio: float = field(default=0.1, metadata=_rule(float, "a number from 0 to 1", lambda v: 0 <= v <= 1))
     lora_rank: int = field(
         default=64,
@@ -171,11 +177,9 @@ class TTTConfig(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        published = self.how
-        if self.lr is None:
-            object.__setattr__(self, "lr", published.lr)
-        if self.epochs is None:
-            object.__setattr__(self, "epochs", published.epochs)
+        for name, value in asdict(self.how.defaults(shuffle=self.shuffle)).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.fits and self.k == 0:
             raise ConfigError(
                 f"k=0 is not allowed with method={self.method}: an adapter is fitted on demonstrations; "

@@ -5,7 +5,7 @@ code, Fewshot-TTT.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -18,33 +18,63 @@ class Sequences(Enum):
 
 
 @dataclass(frozen=True)
+class Hyperparameters:
+    """The published hyperparameters in which methods differ."""
+
+    lr: float
+    epochs: int
+    num_permutations: int = 40
+    fit_batch_size: int = 5
+
+
+@dataclass(frozen=True)
 class Method:
     """A value of the model argument `method`.
 
     sequences: what an adapter is fitted on; None where nothing is fitted.
     shared: one adapter is fitted on the sequences of all tasks.
     prompts_hold_demonstrations: unless the user leaves them out with `--num_fewshot 0`.
-    lr, epochs: the published hyperparameters.
+    published: its hyperparameters in the study.
     """
 
     sequences: Sequences | None
     shared: bool
     prompts_hold_demonstrations: bool
-    lr: float
-    epochs: int
+    published: Hyperparameters
 
     @property
     def fits(self) -> bool:
         """Whether an adapter is fitted."""
         return self.sequences is not None
 
+    def defaults(self, *, shuffle: bool) -> Hyperparameters:
+        """The published hyperparameters, which differ where the demonstrations are not shuffled.
+
+        All sequences of a task would be the same one then. The study takes four steps on it.
+        """
+        if shuffle or self.sequences is not Sequences.IN_CONTEXT:
+            return self.published
+        return replace(self.published, num_permutations=1, fit_batch_size=1, epochs=4)
+
+
+def _in_context(lr: float, epochs: int, *, shared: bool) -> Method:
+    return Method(
+        Sequences.IN_CONTEXT, shared=shared, prompts_hold_demonstrations=True, published=Hyperparameters(lr, epochs)
+    )
+
+
+def _single_pairs(lr: float, epochs: int, *, shared: bool) -> Method:
+    return Method(
+        Sequences.SINGLE_PAIRS, shared=shared, prompts_hold_demonstrations=False, published=Hyperparameters(lr, epochs)
+    )
+
 
 METHODS: dict[str, Method] = {
-    "ttt": Method(Sequences.IN_CONTEXT, shared=False, prompts_hold_demonstrations=True, lr=1e-4, epochs=1),
-    "shared_ttt": Method(Sequences.IN_CONTEXT, shared=True, prompts_hold_demonstrations=True, lr=5e-5, epochs=1),
-    "e2e": Method(Sequences.SINGLE_PAIRS, shared=False, prompts_hold_demonstrations=False, lr=1e-4, epochs=4),
-    "shared_e2e": Method(Sequences.SINGLE_PAIRS, shared=True, prompts_hold_demonstrations=False, lr=5e-5, epochs=6),
-    "icl": Method(None, shared=False, prompts_hold_demonstrations=True, lr=0.0, epochs=0),
+    "ttt": _in_context(lr=1e-4, epochs=1, shared=False),
+    "shared_ttt": _in_context(lr=5e-5, epochs=1, shared=True),
+    "e2e": _single_pairs(lr=1e-4, epochs=4, shared=False),
+    "shared_e2e": _single_pairs(lr=5e-5, epochs=6, shared=True),
+    "icl": Method(None, shared=False, prompts_hold_demonstrations=True, published=Hyperparameters(lr=0.0, epochs=0)),
 }
 
 # Prompts per question in the published votes.

@@ -73,7 +73,7 @@ def _fit_tokens(config: TTTConfig, counts: TokenCounts) -> float:
         Sequences.SINGLE_PAIRS: counts.pairs,
         Sequences.IN_CONTEXT: config.num_permutations * counts.demonstrations,
     }
-    return float((config.epochs or 0) * of_epoch[config.how.sequences])
+    return float(config.epochs * of_epoch[config.how.sequences])
 
 
 def fitted_once(costs: Iterable[CellCost]) -> list[CellCost]:

@@ -41,8 +41,8 @@ def fit_settings(config: TTTConfig, dtype: str) -> FitSettings:
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         batch_size=config.fit_batch_size,
-        epochs=config.epochs or 0,
-        lr=config.lr or 0.0,
+        epochs=config.epochs,
+        lr=config.lr,
         warmup_ratio=config.warmup_ratio,
         seed=config.seed,
     )

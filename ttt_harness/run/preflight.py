@@ -77,7 +77,7 @@ class Preflight:
             requests,
             kind,
             stored=self._stored(fitted),
-            epochs=config.epochs or 0,
+            epochs=config.epochs,
             store=str(self.store.root),
             keep=keep,
         )
@@ -108,7 +108,7 @@ class Preflight:
                 group.indices = []
                 groups.append(group)
         self._prepare(groups)
-        epochs = self.arguments.config.epochs or 0
+        epochs = self.arguments.config.epochs
         evaluation = Evaluation(groups, [], "", stored=self._stored(groups), epochs=epochs, store=str(self.store.root))
         self._check_room(groups, evaluation.to_fit)
         return evaluation, {group.task: group.key for group in groups if group.key is not None}
