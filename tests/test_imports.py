@@ -29,6 +29,7 @@ LAYERS = (
         "config",
         "stated",
         "files",
+        "statistics",
         "embedded",
         "plugin",
     ),
@@ -47,7 +48,7 @@ LAYERS = (
     ("demo",),
 )
 # Reports are read where neither torch nor vLLM nor lm-eval is installed.
-REPORT_IMPORTS = {"methods", "records", "errors", "terminal"}
+REPORT_IMPORTS = {"methods", "records", "errors", "terminal", "statistics", "tuned"}
 # Names what users import from anywhere in the package, and loads it on first use.
 FACE = "ttt_harness"
 

@@ -18,8 +18,8 @@ from ttt_harness.report.published import (
 )
 from ttt_harness.report.results import read_run
 from ttt_harness.report.seeds import find_compared
-from ttt_harness.report.statistics import prediction_interval
 from ttt_harness.report.tables import notes, records
+from ttt_harness.statistics import prediction_interval
 
 
 def test_seeds_and_means_are_of_the_same_runs():

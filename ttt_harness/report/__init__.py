@@ -3,7 +3,6 @@
     files.py        finds the files that lm-eval wrote, and reads JSON that anybody may have written
     results.py      a run: `results_<date>.json`, and samples.py the single questions beside it
     seeds.py        the runs of one method with several seeds, as one
-    statistics.py   paired tests and intervals, on plain arrays
     compare.py      one run compared with others: differences per task and group, and what makes them not comparable
     published.py    the published figures with their spread, and which of them stands beside a run
     summary.py      methods, settings and seeds, each mean beside its published figure

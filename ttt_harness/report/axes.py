@@ -19,7 +19,7 @@ from ttt_harness.errors import ReportError
 from ttt_harness.report.compare import MEAN_ROW, KeptSamples, choose_metric, compare_runs
 from ttt_harness.report.results import Metric, Run
 from ttt_harness.report.seeds import as_one
-from ttt_harness.report.statistics import CONFIDENCE, Difference, compare_unpaired, holm
+from ttt_harness.statistics import CONFIDENCE, Difference, compare_unpaired, holm
 
 # What is no axis, although runs can differ in it: another model, other questions, or other texts around them.
 SHARED = ("weights", "chat_template_sha", "system_instruction_sha", "lm-eval model")

@@ -17,7 +17,7 @@ from ttt_harness.errors import ReportError
 from ttt_harness.report import published
 from ttt_harness.report.results import Metric, Run, Score, same_run
 from ttt_harness.report.samples import Sample
-from ttt_harness.report.statistics import (
+from ttt_harness.statistics import (
     Difference,
     Floats,
     compare_mean_of_tasks,

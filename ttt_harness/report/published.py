@@ -14,7 +14,7 @@ from typing import Any
 
 from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import Run
-from ttt_harness.report.statistics import prediction_interval
+from ttt_harness.statistics import prediction_interval
 
 TASK_PREFIX = "bbh_ttt_"
 GROUP = "bbh_ttt"

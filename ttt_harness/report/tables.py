@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from ttt_harness.report.compare import Against, Comparison, Row, task_prefix
 from ttt_harness.report.published import Figure, place
 from ttt_harness.report.results import Run
-from ttt_harness.report.statistics import RESAMPLES
+from ttt_harness.statistics import RESAMPLES
 from ttt_harness.terminal import cell, console, shortened, visible, visible_json
 
 SCHEMA = "ttt-harness.compare/1"

@@ -15,7 +15,7 @@ from typing import Any
 from ttt_harness.report.compare import Comparison, Row, choose_metric, distinct_labels
 from ttt_harness.report.published import Figure
 from ttt_harness.report.results import Metric, Run, same_run
-from ttt_harness.report.statistics import score_interval
+from ttt_harness.statistics import score_interval
 
 Bounds = tuple[float, float | None, float | None]  # a value, and the low and high end of its interval where known
 

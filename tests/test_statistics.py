@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ttt_harness.report import statistics
-from ttt_harness.report.statistics import (
+from ttt_harness import statistics
+from ttt_harness.statistics import (
     compare_mean_of_tasks,
     compare_paired,
     compare_right_wrong,
