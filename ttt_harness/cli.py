@@ -379,7 +379,8 @@ def _uses(paths: Sequence[str] | None) -> dict[str, Any] | None:
             if fit is not None and fit.adapter:
                 scored = run.metrics(task) if task in run.tasks else []
                 scores = {str(metric): run.score(task, metric).value for metric in scored}
-                uses.setdefault(Path(fit.adapter).name, []).append(Use(str(run.path), task, scores))
+                use = Use(str(run.path), task, scores, fit.served_check)
+                uses.setdefault(Path(fit.adapter).name, []).append(use)
     return uses
 
 

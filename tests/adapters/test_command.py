@@ -22,6 +22,8 @@ from ttt_harness import cli
 from ttt_harness.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from ttt_harness.adapters.record import RECORD_NAME
 from ttt_harness.adapters.store import AdapterStore
+from ttt_harness.run.served_check import compare_served
+from ttt_harness.training.trainer import LogProbabilities
 
 COMMAND = [sys.executable, "-m", "ttt_harness.cli", "adapters"]
 
@@ -61,10 +63,10 @@ def keys_in(store):
     return {path.name for path in store.root.iterdir() if not path.name.startswith(".")}
 
 
-def results_naming(folder, stored, task="bbh_ttt_snarks"):
-    """A results file of a run that was answered with this adapter."""
+def results_naming(folder, stored, task="bbh_ttt_snarks", **record):
+    """A results file of a run that was answered with this adapter; keyword arguments add to what it states."""
     said = ttt([task])
-    said["tasks"][task]["adapter"] = str(stored.path)
+    said["tasks"][task] |= {"adapter": str(stored.path), **record}
     return write_run(folder, {task: [1, 0, 1, 1]}, source="ttt_vllm", ttt=said)
 
 
@@ -193,6 +195,31 @@ def test_show_tells_all_that_determines_an_adapter(store, call, tmp_path):
     assert facts["named by"] == f"{results}: bbh_ttt_snarks (acc,answer 0.7500)"
     _, out, _ = call("show", stored.key, "--format", "json")
     assert json.loads(out)["record"] == stored.record
+
+
+def test_show_tells_whether_vllm_served_the_adapter_as_trained(store, call, tmp_path):
+    stored = add_adapter(store)
+    log_probabilities = LogProbabilities((-1.0, -2.0), (-3.0, -4.5))
+    check = compare_served(log_probabilities, LogProbabilities((-1.001, -2.0), (-3.0, -4.5)), dtype="float32")
+    checked = results_naming(tmp_path / "checked", stored, served_check=check.as_record())
+    others = results_naming(tmp_path / "others", stored)
+    _, out, _ = call("show", stored.key, "--results", checked, others)
+    (line,) = (line for line in out.splitlines() if line.startswith("served check"))
+    assert f"{checked}: served as trained (log-probabilities, nats: mean difference 0.0005, largest 0.001, " in line
+    assert line.endswith("tokens: 2)")
+    _, out, _ = call("show", stored.key, "--results", others)
+    assert "none in these results" in out
+    _, out, _ = call("show", stored.key, "--results", checked, "--format", "json")
+    assert json.loads(out)["results"][0]["served_check"] == check.as_record()
+
+
+@pytest.mark.parametrize("check", [{"verdict": None}, {"verdict": "\x1b[2J", "mean_difference": "far"}, {"tokens": []}])
+def test_show_of_a_check_that_is_none(check, store, call, tmp_path):
+    stored = add_adapter(store)
+    status, out, _ = call("show", stored.key, "--results", results_naming(tmp_path, stored, served_check=check))
+    assert status == 0
+    assert "served check" in out
+    assert "\x1b" not in out
 
 
 def test_show_of_a_damaged_one(store, call):

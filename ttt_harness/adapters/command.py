@@ -85,7 +85,10 @@ def as_dict(entry: Entry, *, results: bool) -> dict[str, Any]:
         "problem": entry.problem,
     }
     if results:
-        said["results"] = [{"file": use.results, "task": use.task, "scores": dict(use.scores)} for use in entry.uses]
+        said["results"] = [
+            {"file": use.results, "task": use.task, "scores": dict(use.scores), "served_check": use.served_check}
+            for use in entry.uses
+        ]
     return said
 
 
@@ -137,7 +140,7 @@ def _short(results: str) -> str:
 
 
 def show(store: AdapterStore, key: str, *, uses: Uses | None = None, form: str = "text") -> int:
-    """Print all that determines an adapter, its losses, whether it is intact, and the results that name it.
+    """Print all that determines an adapter, its losses, whether it is intact, and what results say of it.
 
     Returns:
         The exit status: 1 where it is damaged.
@@ -185,9 +188,27 @@ def _shown(entry: Entry, record: Mapping[str, Any], problem: str, *, results: bo
     for use in entry.uses:
         scores = ", ".join(f"{metric} {value:.4f}" for metric, value in use.scores.items())
         lines.append(f"{'named by':{width}}  {use.results}: {use.task}{f' ({scores})' if scores else ''}")
+    lines += [f"{'served check':{width}}  {use.results}: {_check_text(use)}" for use in entry.uses if use.served_check]
     if results and not entry.uses:
         lines.append(f"{'named by':{width}}  none of these results")
+    elif entry.uses and not any(use.served_check for use in entry.uses):
+        lines.append(
+            f"{'served check':{width}}  none in these results: a worker checks the first adapter that it serves"
+        )
     return lines
+
+
+def _check_text(use: Use) -> str:
+    """The verdict of a served check, and how far served and trained log-probabilities were apart.
+
+    A results file may be anybody's, and lack any of this.
+    """
+    check = use.served_check or {}
+    named = {"mean_difference": "mean difference", "largest_difference": "largest", "tolerance": "allowed for the mean"}
+    numbers = {words: check.get(name) for name, words in named.items()}
+    figures = [f"{words} {value:.3g}" for words, value in numbers.items() if isinstance(value, int | float)]
+    told = f" (log-probabilities, nats: {', '.join(figures)}; tokens: {check.get('tokens')})" if figures else ""
+    return f"{check.get('verdict')}{told}"
 
 
 def prune(

@@ -27,11 +27,16 @@ SHORTEST_KEY = 4
 
 @dataclass(frozen=True)
 class Use:
-    """A results file that names an adapter: its path, the task, and the task's scores by metric."""
+    """A results file that names an adapter: its path, the task, and the task's scores by metric.
+
+    served_check: how near the adapter that vLLM served was to the trained one, as the run states it
+        (`ttt_harness.run.served_check`); None where the run did not compare this adapter.
+    """
 
     results: str
     task: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    served_check: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
