@@ -98,7 +98,9 @@ def test_list_as_json_and_csv(store, call, tmp_path):
     assert (other["tasks"], other["results"]) == (["bbh_ttt_navigate"], [])
     assert entry["key"] == one.key
     assert entry["settings"]["lora_rank"] == 4
-    assert entry["results"] == [{"file": str(results), "task": "bbh_ttt_snarks", "scores": {"acc,answer": 0.75}}]
+    assert entry["results"] == [
+        {"file": str(results), "task": "bbh_ttt_snarks", "scores": {"acc,answer": 0.75}, "served_check": None}
+    ]
     _, out, _ = call("list", "--format", "csv", "--results", tmp_path / "out", "--sort", "key")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["key"] for row in rows] == sorted(keys_in(store))

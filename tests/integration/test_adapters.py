@@ -1,4 +1,4 @@
-"""Adapters outside the run that fitted them: served by vLLM's own server, loaded by peft, and those that users bring."""
+"""Adapters outside the run that fitted them: served by vLLM's own server, loaded by peft, brought by users, pruned."""
 
 import os
 import signal
@@ -104,7 +104,7 @@ def asked_of_the_server(address, model, prompts):
             ).choices[0]
             for prompt in prompts
         ]  # fmt: skip
-    return [reply.text for reply in replies], [reply.token_ids for reply in replies]
+    return [reply.text for reply in replies], [reply.to_dict()["token_ids"] for reply in replies]
 
 
 def asked_of_peft(model_dir, folder, prompts):
@@ -182,7 +182,7 @@ def train(model_dir, folder, samples, target_modules):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), config)
     rows = []
     for prompt, answer in samples:
-        asked, ids = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids + [tokenizer.eos_token_id]
+        asked, ids = tokenizer(prompt).input_ids, [*tokenizer(prompt + answer).input_ids, tokenizer.eos_token_id]
         labels = [-100] * len(asked) + ids[len(asked) :]
         rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
     settings = TrainingArguments(

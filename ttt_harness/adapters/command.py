@@ -192,9 +192,7 @@ def _shown(entry: Entry, record: Mapping[str, Any], problem: str, *, results: bo
     if results and not entry.uses:
         lines.append(f"{'named by':{width}}  none of these results")
     elif entry.uses and not any(use.served_check for use in entry.uses):
-        lines.append(
-            f"{'served check':{width}}  none in these results: a worker checks the first adapter that it serves"
-        )
+        lines.append(f"{'served check':{width}}  none in these results (a worker checks its first adapter)")
     return lines
 
 
