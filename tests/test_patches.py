@@ -74,6 +74,7 @@ def test_a_value_is_replaced(add):
     [
         ("gone", (), f"there is no {HERE}:Library.gone"),
         ("run", ("prompts",), "takes (tokens) and not (prompts)"),
+        ("run", ("prompts", ...), "takes (tokens) and not (prompts, ...)"),
         ("limit", (), "is no function"),
         ("limit", str, "is no str"),
     ],
@@ -88,6 +89,14 @@ def test_a_target_that_has_moved_stays_and_is_told_in_one_line(add, caplog, attr
     assert "\n" not in record.message
     with pytest.raises(TTTError, match="it is slow"), patches.applied(name, None):
         pass
+    with patches.applied(name, None, needed=False):
+        assert dict(Library.__dict__) == before
+    assert len(caplog.records) == 2
+
+
+def test_parameters_may_follow_those_that_are_expected(add):
+    assert patches.apply(add("run", (...,)), lambda original: lambda *args: original(*args) * 0)
+    assert Library().run(1) == 0
 
 
 def test_a_replacement_for_a_while_is_taken_back(add):

@@ -30,14 +30,14 @@ class Patch:
     """One thing of another library that is replaced.
 
     target: `module:attribute` or `module:Class.attribute`.
-    expected: a function's parameters, or the type of what is no function.
+    expected: a function's parameters, the last `...` where others may follow; or the type of what is no function.
     why: what the replacement is for.
     link: the issue or the source upstream that says more.
     without: what a user misses where the target has moved.
     """
 
     target: str
-    expected: tuple[str, ...] | type
+    expected: tuple[Any, ...] | type
     why: str
     link: str
     without: str
@@ -53,6 +53,13 @@ PATCHES: dict[str, Patch] = {
         "lm-eval 0.4.13 discovers no tasks of other packages; ours are indexed after its own.",
         f"{_LM_EVAL}/pull/4015",
         "name the folder ttt_harness/task_configs with --include_path",
+    ),
+    "lm_eval: index of tasks, kept": Patch(
+        "lm_eval.tasks._index:TaskIndex.build",
+        ("paths", ...),
+        "lm-eval builds its index of all tasks for each call; a sweep makes many calls.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/tasks/_index.py",
+        "each cell of a sweep takes some 12 s longer",
     ),
     "lm_eval: includes of YAML files": Patch(
         "lm_eval.tasks._yaml_loader:load_yaml",
@@ -106,6 +113,13 @@ PATCHES: dict[str, Patch] = {
         f"{_LM_EVAL}/issues/4084",
         "a mistyped task in --samples has all of its examples evaluated",
     ),
+    "lm_eval: evaluation, left out": Patch(
+        "lm_eval.evaluator:evaluate",
+        ("lm", "task_dict", ...),
+        "`ttt-harness fit` has lm-eval load the tasks, and fits where it would evaluate.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/evaluator.py",
+        "ttt-harness fit cannot run: use lm-eval 0.4.13",
+    ),
     "lm_eval: aggregation of groups": Patch(
         "lm_eval.api.group:Group.aggregate",
         ("task_metrics",),
@@ -147,6 +161,13 @@ PATCHES: dict[str, Patch] = {
         "lm-eval's class starts an engine when it is made; ours starts at the first request, and serves many runs.",
         f"{_LM_EVAL}/blob/v0.4.13/lm_eval/models/vllm_causallms.py",
         "ttt_vllm cannot run: use lm-eval 0.4.13",
+    ),
+    "tqdm: progress bars": Patch(
+        "tqdm:tqdm.__init__",
+        functools.partialmethod,
+        "lm-eval has no option that leaves out its bars, one for each task of each cell.",
+        "https://github.com/tqdm/tqdm/blob/v4.67.1/tqdm/std.py",
+        "bars stand between the lines of the display",
     ),
     "vllm: LoRA on a CPU": Patch(
         "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper",
@@ -198,17 +219,24 @@ def apply(name: str, make: Callable[[Any], Any]) -> bool:
 
 
 @contextmanager
-def applied(name: str, replacement: Any) -> Iterator[None]:
+def applied(name: str, replacement: Any, *, needed: bool = True) -> Iterator[None]:
     """Put `replacement` in the place of the target of `PATCHES[name]` within the block.
 
+    Args:
+        needed: whether the block cannot do without; else a warning says what is missing.
+
     Raises:
-        TTTError: the target has changed, and the run cannot do without.
+        TTTError: the target has changed, and is needed.
     """
     patch = PATCHES[name]
     try:
         owner, attribute, original = find(name)
     except LookupError as error:
-        raise TTTError(f"{name} has changed ({error}), so that {patch.without}.") from None
+        if needed:
+            raise TTTError(f"{name} has changed ({error}), so that {patch.without}.") from None
+        logger.warning("ttt_harness leaves %s as it is, which has changed (%s): %s.", name, error, patch.without)
+        yield
+        return
     setattr(owner, attribute, replacement)
     try:
         yield
@@ -242,6 +270,10 @@ def find(name: str) -> tuple[Any, str, Any]:
     else:
         bound = ("self", "cls")
         found = tuple(name for name in inspect.signature(function).parameters if name not in bound)
-        if found != patch.expected:
-            raise LookupError(f"{path} takes ({', '.join(found)}) and not ({', '.join(patch.expected)})")
+        first, more = patch.expected, patch.expected[-1:] == (...,)
+        if more:
+            first = first[:-1]
+        if found[: len(first) if more else None] != first:
+            wanted = ", ".join([*first, *(["..."] if more else [])])
+            raise LookupError(f"{path} takes ({', '.join(found)}) and not ({wanted})")
     return owner, attribute, original

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
+from ttt_harness import patches
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.records import TaskRecord
 from ttt_harness.sweep.lm_eval_call import no_bars, parse_call, run_lm_eval, sentence
@@ -55,14 +56,12 @@ def _as_dict(task: str, record: TaskRecord) -> dict[str, Any]:
 
 
 def _fit(call: dict[str, Any]) -> Mapping[str, TaskRecord]:
-    import lm_eval.evaluator
-
     from ttt_harness.harness.model import TTTVLLM
 
     try:
         with (
             no_bars(),
-            mock.patch.object(lm_eval.evaluator, "evaluate", _instead_of_evaluating),
+            patches.applied("lm_eval: evaluation, left out", _instead_of_evaluating),
             mock.patch.object(TTTVLLM, "answers", False),
         ):
             run_lm_eval(call)

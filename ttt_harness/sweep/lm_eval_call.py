@@ -16,8 +16,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest import mock
 
+from ttt_harness import patches
 from ttt_harness.config import nearest, quoted
 from ttt_harness.errors import ConfigError, TTTError
 from ttt_harness.sweep.grid import Call
@@ -227,7 +227,7 @@ def one_task_index() -> Iterator[None]:
             kept[key] = build(paths, **options)
         return dict(kept[key])  # a group adds names to it
 
-    with mock.patch.object(_index.TaskIndex, "build", staticmethod(build_once)):
+    with patches.applied("lm_eval: index of tasks, kept", staticmethod(build_once), needed=False):
         yield
 
 
@@ -237,7 +237,7 @@ def no_bars() -> Iterator[None]:
     import tqdm
 
     silent = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
-    with mock.patch.object(tqdm.tqdm, "__init__", silent):
+    with patches.applied("tqdm: progress bars", silent, needed=False):
         yield
 
 
