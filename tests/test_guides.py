@@ -54,7 +54,7 @@ def test_files_that_are_named_exist(guide: str) -> None:
     assert missing == []
 
 
-def test_the_guide_to_training_lists_every_family() -> None:
+def test_the_readme_and_the_guide_to_training_list_every_family() -> None:
     from tests.checkpoints import CHECKPOINTS, FAMILY_TABLE
     from ttt_harness.training.shape import FAST, ModelShape
 
@@ -68,3 +68,7 @@ def test_the_guide_to_training_lists_every_family() -> None:
             shape = ModelShape.from_config(CHECKPOINTS[name], where=name)
             assert (shape.architecture, shape.way) == (architecture, way)
     assert {architecture for architecture, way, _ in FAMILY_TABLE.values() if way == "fast"} == FAST.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for chosen in ("fast", "general"):
+        families = [family for family, (_, way, _) in FAMILY_TABLE.items() if way == chosen]
+        assert re.findall(rf"^\| {chosen} \| (.+) \|$", readme, re.MULTILINE) == ["; ".join(families)]

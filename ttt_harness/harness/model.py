@@ -76,6 +76,7 @@ class TTTVLLM(LM):
         self._fits = self.config.fits
         self._base_model: Future[str] = Future()
         if self._fits:
+            self._tell_what_is_left_out()
             self._base_model = local.in_background(lambda: fingerprint(self.arguments.model_dir), name="fingerprint")
         self._preflight = Preflight(self.arguments, self.answering, self.store, self._base_model)
         if self._pool is None:
@@ -136,11 +137,14 @@ class TTTVLLM(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to `config` in its results: the settings, and for each task the cost of its stages."""
-        ran = {
+        ran: dict[str, Any] = {
             "model_dir": str(self.arguments.model_dir),
             "dtype": self.answering.dtype_name,
             "device": self._local.fit_device(),
         }
+        if self._fits:
+            assert self.arguments.shape is not None
+            ran |= {"way": self.arguments.shape.way, "left_out": list(self.arguments.shape.left_out)}
         results.answers_are_scored()
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
@@ -153,6 +157,16 @@ class TTTVLLM(LM):
         }
 
     # The run
+
+    def _tell_what_is_left_out(self) -> None:
+        """Say which of the model's matrices no fit adapts, before anything is loaded."""
+        shape = self.arguments.shape
+        if shape is not None and shape.left_out:
+            _log.warning(
+                "%s gets an adapter on its attention and its dense MLPs only; left out: %s.",
+                self.arguments.model_dir,
+                ", ".join(shape.left_out),
+            )
 
     def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
         """Answer `requests` with lm-eval's method `kind`, in their order.

@@ -22,8 +22,8 @@ from ttt_harness.report.files import read_json, read_json_lines, results_files, 
 from ttt_harness.report.samples import NO_SCORE, Sample, is_sample, sample
 
 _NOT_METRICS = {"name", "alias", "sample_len", "sample_count", "samples", NO_SCORE}
-# settings that may differ between runs of one setup: the seed, and where the run was
-_NOT_SETUP = ("method", "seed", "model_dir", "device")
+# settings that may differ between runs of one setup: the seed, where the run was, and how its model is fitted if it is
+_NOT_SETUP = ("method", "seed", "model_dir", "device", "way", "left_out")
 _OF_TASKS = ("k", "vote_permutations", "leave_one_out", "generation_budget")
 
 

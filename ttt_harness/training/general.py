@@ -9,7 +9,6 @@ It is slower than the fast way, since each projection draws a dropout mask and p
 is not compiled on a GPU.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +59,6 @@ _NOT_SERVED = ("expert", "linear_attn", "mamba", "mixer", "conv", "mtp")
 # These see no text.
 _NOT_TEXT = ("vision", "visual", "audio", "multi_modal")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
-
-_log = logging.getLogger(__name__)
 
 
 class AdaptedLinear(LoRALinear):
@@ -254,10 +251,6 @@ def load_general_model(
         raise ModelError(
             f"the tensors in {model_dir} do not fit {config.architectures[0]}: missing {missing}, left over "
             f"{unexpected}, of another shape {[name for name, *_ in info['mismatched_keys']]}."
-        )
-    if names := left_out(model):
-        _log.warning(
-            "%s gets an adapter on its attention and its dense MLPs only; left out: %s.", model_dir, ", ".join(names)
         )
     return GeneralDecoder(model.to(device), rank=rank, alpha=alpha, dropout=dropout)
 
