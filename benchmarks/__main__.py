@@ -1,4 +1,4 @@
-"""The benchmark's command line: `python -m benchmarks [compare | growth | checkpoint] --help`."""
+"""The benchmark's command line: `python -m benchmarks [compare | growth | workers | step | checkpoint] --help`."""
 
 import argparse
 import contextlib
@@ -78,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(workers, tasks=TASKS, limit=40, k=10, permutations=40)
     workers.add_argument("--workers", default="1,2", metavar="NUMBERS", help="default: 1,2")
     workers.set_defaults(run=_workers)
+
+    step = commands.add_parser("step", help="one optimiser step, by this project's trainer and by transformers + peft")
+    step.add_argument("--model", default="embedded", metavar="DIR", help="a model directory (default: embedded)")
+    step.add_argument("--ways", default=None, metavar="NAMES", help="default: fast,general,peft,peft_checkpointing")
+    step.add_argument("--tokens", default="192,514,1157,1880", metavar="NUMBERS", help="default: 192,514,1157,1880")
+    step.add_argument("--sequences", type=int, default=5, help="in a step (default: 5)")
+    step.add_argument("--steps", type=int, default=8, help="of each process (default: 8)")
+    step.add_argument("--rank", type=int, default=64, help="of the adapter (default: 64)")
+    step.add_argument("--runs", type=int, default=3, help="processes of each; medians are quoted (default: 3)")
+    step.add_argument("--stage-limit", type=float, default=600, help="seconds for each process (default: 600)")
+    step.add_argument("--output", type=Path, metavar="FILE", help="default: benchmarks/results/step_<cpu|gpu>.json")
+    step.add_argument("--work", type=Path, metavar="DIR", help="keep orders and logs there (a new folder)")
+    step.set_defaults(run=_step)
 
     checkpoint = commands.add_parser("checkpoint", help="write a checkpoint of a published geometry, random weights")
     checkpoint.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
@@ -200,9 +213,7 @@ def _workers(args: argparse.Namespace) -> int:
     from benchmarks import workers
     from ttt_harness.config import TTTConfig
 
-    numbers = [int(text) for text in _names(args.workers) if text.isdecimal() and int(text) > 0]
-    if not numbers or len(numbers) != len(_names(args.workers)):
-        raise ConfigError(f"--workers {args.workers} is not allowed: write numbers of at least 1, as in 1,2.")
+    numbers = _numbers("--workers", args.workers)
     output = args.output or ROOT / "benchmarks" / "results" / "workers.json"
     stated = {name: getattr(args, name) for name in ("model", "limit", "k", "permutations", "seed", "max_model_len")}
     tasks = _names(args.tasks)
@@ -229,6 +240,47 @@ def _workers(args: argparse.Namespace) -> int:
     return 0
 
 
+def _step(args: argparse.Namespace) -> int:
+    from benchmarks import machine, step
+    from ttt_harness.embedded import embedded_model_path
+
+    ways = _names(args.ways or ",".join(step.WAYS))
+    if unknown := [way for way in ways if way not in step.WAYS]:
+        raise ConfigError(f"--ways {unknown[0]} is not known: use some of {', '.join(step.WAYS)}.")
+    tokens = _numbers("--tokens", args.tokens)
+    for name, least in {"sequences": 1, "steps": 3, "rank": 1, "runs": 1}.items():
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is not allowed: write a number of at least {least}.")
+    here = machine.measure()
+    output = (
+        args.output or ROOT / "benchmarks" / "results" / f"step_{'gpu' if here['device'] == 'cuda' else 'cpu'}.json"
+    )
+    stated = {name: getattr(args, name) for name in ("model", "sequences", "steps", "rank")}
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        written = {"settings": stated, "machine": {**machine.describe(), **here}, "versions": machine.versions()}
+        output.write_text(json.dumps({**written, "runs": found}, indent=1) + "\n")
+
+    with _work_folder(args.work) as folder:
+        found = step.measure(
+            folder,
+            model_dir=embedded_model_path() if args.model == "embedded" else Path(args.model).resolve(),
+            ways=ways,
+            tokens=tokens,
+            sequences=args.sequences,
+            steps=args.steps,
+            runs=args.runs,
+            rank=args.rank,
+            machine=here,
+            limit=args.stage_limit,
+            say=_say,
+            keep=keep,
+        )
+    print(step.table(found))
+    print(f"Written: {output}")
+    return int(any("failed" in one for one in found))
+
+
 def _checkpoint(args: argparse.Namespace) -> int:
     from benchmarks.checkpoint import make_checkpoint
     from ttt_harness.embedded import embedded_model_path
@@ -247,6 +299,18 @@ def _fit_settings(settings: Any) -> dict[str, Any]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Numbers of at least 1, with commas.
+
+    Raises:
+        ConfigError: there are none, or something else stands there.
+    """
+    numbers = [int(part) for part in _names(text) if part.isdecimal() and int(part) > 0]
+    if not numbers or len(numbers) != len(_names(text)):
+        raise ConfigError(f"{option} {text} is not allowed: write numbers of at least 1, as in 1,2.")
+    return numbers
 
 
 def _say(*text: str) -> None:
