@@ -43,6 +43,7 @@ LAYERS = (
     ("plugin",),
     ("report",),
     ("sweep",),
+    ("tune",),
     ("estimate",),
     ("cli",),
     ("demo",),

@@ -243,6 +243,35 @@ def _fit(args: argparse.Namespace) -> int:
     return fit(args.options, form=args.format)
 
 
+def _add_tune(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="which settings suit a model, found from demonstrations alone, and whether they gain anything",
+        description="Try settings on held-out demonstrations, and write tuned.json. No evaluated question is read, no "
+        "engine is started and no fit is stored. A search that was stopped goes on.",
+        epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, ... "
+        "--output_path is the folder for tuned.json and the log (default: one in the cache, where settings=auto looks).",
+        usage="ttt-harness tune --tasks T --model_args pretrained=... [--grid AXIS=VALUES] [any option of lm_eval run]",
+        allow_abbrev=False,
+    )
+    _add_grid(parser)
+    parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42: of the demonstrations and of the fits")
+    parser.add_argument("--folds", type=int, metavar="N", help="in which the demonstrations are held out (default: 5)")
+    parser.add_argument(
+        "--orders", type=int, default=2, metavar="N", help="of the others, in which each is asked (default: 2)"
+    )
+    parser.add_argument("--sample_tasks", type=int, metavar="N", help="search on so many of the tasks, drawn at random")
+    parser.add_argument("--full", action="store_true", help="try every setting on every fold, and drop none early")
+    parser.set_defaults(run=_tune, passes_options=True)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from ttt_harness.tune.command import tune
+
+    names = ("grid", "seeds", "folds", "orders", "sample_tasks", "full", "config", "options")
+    return tune(**{name: getattr(args, name) for name in names})
+
+
 def _add_plan(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
@@ -469,6 +498,7 @@ def _ray_in_slurm(_: argparse.Namespace) -> int:
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (
     _add_sweep,
     _add_fit,
+    _add_tune,
     _add_plan,
     _add_summary,
     _add_compare,

@@ -30,6 +30,10 @@ class ModelError(TTTError):
     """A base model is missing, damaged, or of an architecture that is not supported."""
 
 
+class DivergedError(ModelError):
+    """A fit has produced infinities or NaN."""
+
+
 class StoreError(TTTError):
     """An adapter could not be written to the store."""
 

@@ -6,6 +6,8 @@ drawing = splits.draw(settings, listed=None)
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,22 @@ from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness.user_code import Row, shown, user_code
 
 
+_alone: ContextVar[bool] = ContextVar("demonstrations_alone", default=False)
+
+
+@contextmanager
+def demonstrations_alone() -> Iterator[None]:
+    """Keep from the tasks that are made in the block all that they would evaluate: they evaluate their demonstrations.
+
+    A setting is chosen so, and nothing that is chosen by can come from an evaluated question.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """The demonstrations, and the rows that are evaluated.
@@ -26,6 +44,7 @@ class Drawing:
     evaluated: the rows, in the order of evaluation.
     split: the split of the evaluated rows, as their places name it.
     numbers: the place of each evaluated row in its split, counted from 1.
+    alone: the evaluated rows are the demonstrations (`demonstrations_alone`).
     """
 
     demonstrations: list[Row]
@@ -33,6 +52,7 @@ class Drawing:
     evaluated: datasets.Dataset
     split: str
     numbers: Sequence[int]
+    alone: bool = False
 
     def rows(self, positions: Sequence[int] | None = None) -> Iterator[Row]:
         """The evaluated rows, or those at `positions` among them."""
@@ -119,6 +139,15 @@ class Splits:
         return docs
 
     def draw(self, settings: TaskSettings, listed: Sequence[Mapping[str, Any]] | None) -> Drawing:
+        """The demonstrations, and what is evaluated; for Args and Raises, see `_draw`."""
+        drawing = self._draw(settings, listed)
+        if not _alone.get() or not drawing.demonstrations:
+            return drawing
+        rows = datasets.Dataset.from_list([dict(row) for row in drawing.demonstrations])
+        numbers = [row.number for row in drawing.demonstrations]
+        return Drawing(drawing.demonstrations, drawing.source, rows, "demonstrations", numbers, alone=True)
+
+    def _draw(self, settings: TaskSettings, listed: Sequence[Mapping[str, Any]] | None) -> Drawing:
         """The demonstrations, and what is evaluated.
 
         Args:

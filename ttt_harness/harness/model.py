@@ -168,6 +168,11 @@ class TTTVLLM(LM):
                 ", ".join(shape.left_out),
             )
 
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the base model's config and weights; there is one where adapters are fitted."""
+        return self._base_model.result()
+
     def _answer(self, requests: list[Instance], kind: str) -> list[Any]:
         """Answer `requests` with lm-eval's method `kind`, in their order.
 

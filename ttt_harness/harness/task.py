@@ -288,7 +288,7 @@ class TTTTask(ConfigurableTask):
 
     def _refuse_overlap(self) -> None:
         """Refuse demonstrations that are evaluated too: the same question with the same answer."""
-        if self.settings.overlap == "allow" or not self._drawing.demonstrations:
+        if self.settings.overlap == "allow" or self._drawing.alone or not self._drawing.demonstrations:
             return
         asked: dict[str, set[str]] = defaultdict(set)
         for doc, (_, pair) in zip(self._drawing.demonstrations, self._support, strict=True):

@@ -69,7 +69,7 @@ def make_worker(arguments: ModelArguments, answering: Answering, store: AdapterS
         fitter = Fitter(
             store,
             fit_settings(config, answering.dtype_name),
-            lambda: _trainer(arguments, answering.dtype),
+            lambda: trainer_of(arguments, answering.dtype),
             base_model=arguments.model_dir,
             said=stated_settings(config),
         )
@@ -86,10 +86,11 @@ def preload(arguments: ModelArguments, answering: Answering, *, engine: bool = T
     if engine and (arguments.memory is None or not arguments.memory.turns):
         answering.model.start_soon()  # in processes of its own
     if arguments.config.fits:
-        in_background(lambda: _trainer(arguments, answering.dtype), name="trainer-start")
+        in_background(lambda: trainer_of(arguments, answering.dtype), name="trainer-start")
 
 
-def _trainer(arguments: ModelArguments, dtype: torch.dtype) -> Trainer:
+def trainer_of(arguments: ModelArguments, dtype: torch.dtype) -> Trainer:
+    """This process's trainer for these arguments; it loads the base model unless it has the last time."""
     config, memory = arguments.config, arguments.memory
     assert arguments.shape is not None
     return shared_trainer(

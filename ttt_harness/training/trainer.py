@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ttt_harness.data.sequences import TrainingSequence
-from ttt_harness.errors import ModelError
+from ttt_harness.errors import DivergedError, ModelError
 from ttt_harness.training.checkpoint import load_base_model
 from ttt_harness.training.families import FAMILIES
 from ttt_harness.training.layers.compiled import compile_layers, compiling
@@ -55,6 +55,7 @@ LOGITS = 2**24
 _log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, float], None]
+OnEpoch = Callable[[int, Mapping[str, Tensor]], None]
 T = TypeVar("T")
 
 
@@ -92,6 +93,18 @@ class LogProbabilities:
 
     adapter: tuple[float, ...]
     base: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says of some tokens, each shape [tokens], after those before each.
+
+    log_probabilities: of the tokens, natural.
+    likeliest: the token that greedy decoding would put in the place of each.
+    """
+
+    log_probabilities: tuple[float, ...]
+    likeliest: tuple[int, ...]
 
 
 class Trainer:
@@ -142,6 +155,7 @@ class Trainer:
         warmup_ratio: float,
         seed: int,
         on_step: OnStep | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> FitResult:
         """Fit an adapter on `sequences`; the same arguments on the same machine give the same adapter.
 
@@ -155,10 +169,11 @@ class Trainer:
             warmup_ratio: the learning rate rises from 0 over the first floor(warmup_ratio * steps) steps.
             seed: of LoRA's initial weights, the dropout and the order of the sequences.
             on_step: called after each step with (steps done, steps in all, loss).
+            on_epoch: called after each epoch with (epochs done, the adapter as it is then), which it has to copy.
 
         Raises:
-            ModelError: the fit diverged (a loss or a weight is not finite), a sequence does not fit in memory, or the
-                model has no embedding for one of its tokens.
+            DivergedError: a loss or a weight is not finite.
+            ModelError: a sequence does not fit in memory, or the model has no embedding for one of its tokens.
         """
         for sequence in sequences:
             self.shape.check_tokens(sequence.tokens, what="a training sequence")
@@ -173,11 +188,13 @@ class Trainer:
             )
 
             def steps() -> Iterator[Tensor]:
-                for batch in batches:
+                for done, batch in enumerate(batches, 1):
                     yield self._backward_within_memory(batch)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     schedule.step()
+                    if on_epoch and done * epochs % len(batches) == 0:
+                        on_epoch(done * epochs // len(batches), self.adapter)
 
             losses: list[float] = []
             # The next step is queued on a GPU before this one's loss is read, so that the GPU never waits.
@@ -208,35 +225,49 @@ class Trainer:
             sequence: one that the adapter was trained on, or any other.
             tune_state_dict: the adapter, as `FitResult.tune_state_dict` has it.
         """
-        without = {name: tensor for name, tensor in tune_state_dict.items() if name.endswith("lora_b.weight")}
-        seen = []
+        adapter, base = (self.predict([sequence], state)[0] for state in (tune_state_dict, None))
+        return LogProbabilities(adapter.log_probabilities, base.log_probabilities)
+
+    def predict(
+        self, sequences: Sequence[TrainingSequence], tune_state_dict: Mapping[str, Tensor] | None
+    ) -> list[Predictions]:
+        """What the model says of the tokens in the loss mask of each sequence, in order, without dropout.
+
+        Call it as `log_probabilities`.
+
+        Args:
+            sequences: any; those of one call run one after the other.
+            tune_state_dict: the adapter, as `FitResult.tune_state_dict` has it; None for the base model.
+        """
         # Compiled layers run as plain Python here: other functions would have to be compiled for two passes.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             self.model.eval()
             try:
-                for state in (tune_state_dict, {name: torch.zeros_like(tensor) for name, tensor in without.items()}):
-                    for name, tensor in state.items():
-                        self.adapter[name].copy_(tensor)
-                    seen.append(self._target_log_probabilities(sequence))
+                for name, parameter in self.adapter.items():
+                    if tune_state_dict is not None:
+                        parameter.copy_(tune_state_dict[name])
+                    elif name.endswith("lora_b.weight"):
+                        parameter.zero_()
+                return [self._predictions(sequence) for sequence in sequences]
             finally:
                 self.model.train()
-        return LogProbabilities(adapter=seen[0], base=seen[1])
 
-    def _target_log_probabilities(self, sequence: TrainingSequence) -> tuple[float, ...]:
+    def _predictions(self, sequence: TrainingSequence) -> Predictions:
         tokens, loss_mask = _pad([sequence])
         states = target_states(self.model, tokens.to(self.device), loss_mask)
-        found = []
+        found, likeliest = [], []
         for some, wanted in self._in_parts(states, tokens[loss_mask].to(self.device)):
             logits = self.model.output(some).float()
             found.append(-functional.cross_entropy(logits, wanted, reduction="none"))
-        return tuple(torch.cat(found).tolist())
+            likeliest.append(logits.argmax(-1))
+        return Predictions(tuple(torch.cat(found).tolist()), tuple(torch.cat(likeliest).tolist()))
 
     def _in_parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """`tensors`, [positions, ...], cut into as many positions as logits may be held for at a time."""
         positions = max(1, LOGITS // self.shape.vocab_size)
         return zip(*(tensor.split(positions) for tensor in tensors), strict=True)
 
-    def _diverged(self, what: str, losses: Sequence[float], lr: float) -> ModelError:
+    def _diverged(self, what: str, losses: Sequence[float], lr: float) -> DivergedError:
         """The error of a fit that has produced infinities or NaN; `what` says where they showed."""
         dtype = str(self.dtype).removeprefix("torch.")
         if self.dtype == torch.float16:
@@ -248,7 +279,7 @@ class Trainer:
             remedy = "that was before any update, so the base model itself is at fault: check its weights"
         else:
             remedy = "use a smaller lr, or a larger warmup_ratio"
-        return ModelError(f"the fit diverged: {what} (lr={lr:g}, dtype={dtype}); {remedy}.")
+        return DivergedError(f"the fit diverged: {what} (lr={lr:g}, dtype={dtype}); {remedy}.")
 
     def _reset(self) -> None:
         """Forget the last adapter: LoRA's initial weights, under which the model is the base model."""
