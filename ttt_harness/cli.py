@@ -250,7 +250,7 @@ def _add_tune(subparsers: Subparsers) -> None:
         description="Try settings on held-out demonstrations, and write tuned.json. No evaluated question is read, no "
         "engine is started and no fit is stored. A search that was stopped goes on.",
         epilog="All other options are those of `lm_eval run` (see its --help): --tasks, --model_args, ... "
-        "--output_path is the folder for tuned.json and the log (default: one in the cache, where settings=auto looks).",
+        "--output_path is the folder for tuned.json and the log (default: in the cache, where settings=auto looks).",
         usage="ttt-harness tune --tasks T --model_args pretrained=... [--grid AXIS=VALUES] [any option of lm_eval run]",
         allow_abbrev=False,
     )

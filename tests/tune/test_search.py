@@ -15,15 +15,17 @@ SETTINGS = settings_of({}, None)
 BEST = "lr=3e-4, epochs=3"
 
 
+def questions(seed, number):
+    return [SimpleNamespace(asked=Asked(seed, 2 * number + place, order)) for place in range(2) for order in range(2)]
+
+
 def all_folds(tasks, count=5, seeds=(42,)):
     return [
         Fold(
             f"t{task}",
             seed,
             number,
-            tuple(
-                SimpleNamespace(asked=Asked(seed, 2 * number + place, order)) for place in range(2) for order in range(2)
-            ),
+            tuple(questions(seed, number)),
             lambda _: (),
         )
         for task in range(tasks)

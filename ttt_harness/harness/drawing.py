@@ -18,7 +18,6 @@ from ttt_harness.config import TaskSettings
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness.user_code import Row, shown, user_code
 
-
 _alone: ContextVar[bool] = ContextVar("demonstrations_alone", default=False)
 
 

@@ -82,9 +82,7 @@ def _check_method(base: TTTConfig) -> None:
         raise ConfigError("adapter is not allowed with tune, which fits adapters; leave it out.")
     if not base.fits or base.how.shared or not base.how.prompts_hold_demonstrations:
         possible = [
-            name
-            for name, how in METHODS.items()
-            if how.fits and not how.shared and how.prompts_hold_demonstrations
+            name for name, how in METHODS.items() if how.fits and not how.shared and how.prompts_hold_demonstrations
         ]
         raise ConfigError(
             f"method={quoted(base.method)} cannot be tuned: a setting is tried by asking a demonstration after the "

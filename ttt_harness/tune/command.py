@@ -76,9 +76,7 @@ def tune(
     first = next(iter(loaded.values()))
     tasks = _sampled(list(first.tasks), asked)
     prepared = [
-        prepare(
-            loaded[seed], task, seed=seed, count=asked.folds, order_count=asked.orders, settings=asked.settings
-        )
+        prepare(loaded[seed], task, seed=seed, count=asked.folds, order_count=asked.orders, settings=asked.settings)
         for seed in asked.seeds
         for task in tasks
     ]
@@ -161,7 +159,9 @@ def _axes_of(given: Any) -> list[str] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or not given:
-        raise ConfigError(f"grid: {str(given)[:60]} is not allowed: write axes with values, as in {{lr: [1e-4, 3e-4]}}.")
+        raise ConfigError(
+            f"grid: {str(given)[:60]} is not allowed: write axes with values, as in {{lr: [1e-4, 3e-4]}}."
+        )
     listed = {axis: values if isinstance(values, list) else [values] for axis, values in given.items()}
     return [f"{axis}={','.join(map(str, values))}" for axis, values in listed.items()]
 

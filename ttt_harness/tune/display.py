@@ -51,9 +51,7 @@ def _print_settings(choice: Choice, found: Found) -> None:
         else:
             share = _with_interval(row.accuracy.value, row.accuracy.low, row.accuracy.high)
         rows.append((_marked(row, choice), share, _against(row), str(row.demonstrations), _seconds(row.candidate)))
-    widths = [max(len(visible(row[column])) for row in rows) for column in range(5)]
-    for row in rows:
-        print("  ".join(visible(text).ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    _print_table(rows)
     if bracketed:
         print("In brackets: read off a longer fit on the first fold, to decide what is tried further; see the guide.")
 
@@ -87,15 +85,19 @@ def _print_tasks(choice: Choice) -> None:
         told = prediction or best
         gain = _with_interval(told.value, told.low, told.high, sign=True) if told else ""
         rows.append((task, chosen.name, gain if prediction or not told else f"{gain} ({told.candidate.name})"))
-    widths = [max(len(visible(row[column])) for row in rows) for column in range(3)]
     print()
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(visible(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(visible(text).ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 def cost(found: Found, prepared: Sequence[Prepared]) -> str:
     """What the search took: in fits on a fold, and in fits of a run, by their tokens."""
-    worth = found.tokens / sum(one.tokens for one in prepared) if prepared else 0.0
+    worth = found.tokens / max(1.0, sum(one.tokens for one in prepared))
     seconds = duration(found.fit_time)
     before = f", {found.read} of them done before" if found.read else ""
     return (

@@ -103,5 +103,5 @@ def _instead_of_evaluating(
                 f"{name} is not a TTT task and has no demonstrations to tune with; write these three lines into a "
                 f"YAML, name its folder with --include_path, and tune {name}_ttt:\n{three_lines(name)}"
             )
-    chat = Chat(system_instruction, bool(apply_chat_template), fewshot_as_multiturn)
+    chat = Chat(system_instruction, bool(apply_chat_template), bool(fewshot_as_multiturn))
     raise _Stopped(Loaded(lm, task_dict["tasks"], chat))

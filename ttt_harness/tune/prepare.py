@@ -1,6 +1,5 @@
 """A loaded task to folds: its questions and its training sequences, all of them before anything is fitted."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +86,7 @@ def prepare(
         made.append(Fold(task, seed, number, questions, sequences))
     whole = _Sequences(loaded, task, support, seed)
     tokens = [work_of_fit(whole(setting.config), setting.epochs) for setting in settings if setting.fits]
-    return Prepared(task, seed, tuple(made), statistics.fmean(tokens) if tokens else math.nan)
+    return Prepared(task, seed, tuple(made), statistics.fmean(tokens))
 
 
 class _Sequences:
