@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import CHECKPOINTS, write_checkpoint
+from ttt_harness import cli
 from ttt_harness.errors import ConfigError, DataError, ModelError, TTTError
 
 pytestmark = pytest.mark.integration
@@ -217,8 +219,12 @@ def run_lm_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_a_complete_run_from_the_command_line(tiny_model, tmp_path):
-    args = f"pretrained={tiny_model},k=3,num_permutations=4,lora_rank=8,lr=1e-2"
+def test_a_user_goes_from_a_qwen3_checkpoint_to_a_report(save_tokenizer, tmp_path):
+    model = tmp_path / "Qwen3-tiny"
+    model.mkdir()
+    write_checkpoint(model, CHECKPOINTS["qwen3"])
+    save_tokenizer(model)
+    args = f"pretrained={model},k=3,num_permutations=4,lora_rank=8,lr=1e-2"
     result = run_lm_eval(
         tmp_path, "--model", "ttt_vllm", "--model_args", args, "--tasks", "procedural_ttt", "--limit", "3",
         "--output_path", "out", "--log_samples",
@@ -231,8 +237,14 @@ def test_a_complete_run_from_the_command_line(tiny_model, tmp_path):
     scores = [results["results"][task]["acc,answer"] for task in tasks]
     assert results["groups"]["procedural_ttt"]["acc,answer"] == pytest.approx(sum(scores) / len(scores))
     assert len(list((tmp_path / "cache" / "adapters").iterdir())) == len(tasks) == 8
+    (check,) = [record["served_check"] for record in tasks.values() if "served_check" in record]
+    assert check["verdict"] == "served as trained"
     assert "procedural_ttt_navigate (4/8): fitting" in result.stderr
     assert "INFO 1" not in result.stderr  # vLLM's start-up lines
+    assert cli.main(["report", str(tmp_path / "out"), "-o", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Qwen3-tiny" in page
+    assert all(task in page for task in tasks)
 
 
 @pytest.mark.parametrize("option", ["--use_cache", "--model_args"])

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import shutil
 
 import pytest
 from lm_eval._cli.run import Run
@@ -451,6 +452,17 @@ def test_the_hub_is_asked_for_what_is_named(monkeypatch, tiny_model):
     assert (given["revision"], given["token"], given["cache_dir"]) == ("v1", "secret", "/models")
     assert "*.py" in given["allow_patterns"]
     assert "revision" not in arguments.engine  # model_dir is that revision
+
+
+def test_code_of_the_checkpoints_own_is_asked_for_in_vain(tiny_model, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.Model"}}))
+    with pytest.raises(ModelError, match=r"trust_remote_code=True is not allowed .*auto_map.*; leave it out, or"):
+        ModelArguments.parse(str(folder), trust_remote_code=True)
+    assert ModelArguments.parse(str(folder)).shape.way == "fast"
+    assert ModelArguments.parse(str(folder), method="icl", trust_remote_code=True).shape is None
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "cpu:0", "cuda:0"])

@@ -34,6 +34,7 @@ from ttt_harness.run.memory import (
 from ttt_harness.serving.engine import default_engine_args
 from ttt_harness.training.model_config import read_config
 from ttt_harness.training.shape import ModelShape
+from ttt_harness.training.weights import check_weights
 
 # Arguments of vLLM's engine that mean something else here, or nothing, and what to use.
 NOT_HERE = {
@@ -147,6 +148,10 @@ class ModelArguments:
         shape = adapters = memory = None
         if config.fits or lm_eval.enable_lora:
             shape = ModelShape.from_config(hf_config, where=str(model_dir))
+        if config.fits:
+            if lm_eval.trust_remote_code:
+                _refuse_own_code(model_dir, hf_config)
+            check_weights(model_dir, hf_config)
         engine = _engine_arguments(dtype, model_args) | _lm_eval_arguments(lm_eval, model_args)
         if config.fits:
             assert shape is not None
@@ -350,6 +355,16 @@ def _refuse_with_fits(model_args: Mapping[str, Any], lm_eval: LMEvalSettings, me
                 f"{name} is not allowed with method={method}: an adapter is served on the weights that it is fitted "
                 "on, and on all of its modules; leave it out, or use method=icl."
             )
+
+
+def _refuse_own_code(model_dir: Path, hf_config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint's own code where it is asked for: vLLM would run it, and no fit does."""
+    if "auto_map" in hf_config:
+        raise ModelError(
+            f"trust_remote_code=True is not allowed with methods that fit, since {model_dir} has code of its own "
+            "(auto_map), which no fit runs: another model would be served than is fitted; leave it out, or use "
+            "method=icl."
+        )
 
 
 def _refuse_log_probabilities(model_args: Mapping[str, Any]) -> None:

@@ -265,9 +265,16 @@ class Answering(vllm_causallms.VLLM):
             if tokens_at_most + budget > window
         }
         measured |= {min(texts, key=len), max(texts, key=len)}  # may have no token, and one that the model lacks
-        tokens = dict(zip(measured, self.tok_encode(list(measured)), strict=True))
         vocabulary = self.model.config.model_config.get_vocab_size()
+        if len(self.tokenizer) > vocabulary:
+            measured |= set(texts)  # each may have a token that the model lacks
+        tokens = dict(zip(measured, self.tok_encode(list(measured)), strict=True))
         for text, ids in tokens.items():
+            if not ids and text and len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):
+                raise ModelError(
+                    f"the tokenizer of {self.model_dir} knows no tokens; copy its files again (tokenizer.json and "
+                    "tokenizer_config.json), or name another with tokenizer=."
+                )
             if not ids:
                 raise DataError(f"{task}: the prompt {text!r} has no token; check the task's doc_to_text.")
             if max(ids) >= vocabulary:

@@ -3,7 +3,6 @@
 How each architecture is built, and its names converted, is the business of `ttt_harness.training.families`.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -21,25 +20,7 @@ from ttt_harness.training.tune import (
     set_default_dtype,
     set_trainable_params,
 )
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    """The files that hold the weights: those that the index names, where there is one.
-
-    Beside them some repositories on the hub keep the same weights in another layout (`consolidated.safetensors`).
-    """
-    index = model_dir / "model.safetensors.index.json"
-    if not index.exists():
-        single = model_dir / "model.safetensors"
-        return [single] if single.exists() else sorted(model_dir.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is not an index of safetensors files; copy the model again.") from None
-    for name in sorted(names):
-        if not (model_dir / name).is_file():
-            raise ModelError(f"{model_dir} lacks {name}, which {index.name} lists; copy the model again.")
-    return [model_dir / name for name in sorted(names)]
+from ttt_harness.training.weights import weight_files
 
 
 def load_base_model(
@@ -52,7 +33,7 @@ def load_base_model(
     """
     family = FAMILIES[shape.architecture]
     weights: dict[str, Tensor] = {}
-    for path in _weight_files(model_dir):
+    for path in weight_files(model_dir):
         try:
             weights.update(load_file(path, device=device))
         except Exception as error:  # safetensors raises several kinds

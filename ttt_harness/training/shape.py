@@ -180,9 +180,9 @@ def _architecture(config: Mapping[str, Any], where: str) -> str:
             f'{where} has a config.json without "architectures", so nobody can tell what the model is; copy the model '
             "again, or add the name of its class in transformers."
         )
-    if config.get("quantization_config"):
+    if key := next((key for key in ("quantization_config", "compression_config") if config.get(key)), None):
         raise ModelError(
-            f"{where} has quantized weights (quantization_config), which can be served but not fitted; use the model "
+            f"{where} has quantized weights ({key}), which can be served but not fitted; use the model "
             "that it was made from, or method=icl."
         )
     if named[0] in FAST:
