@@ -32,6 +32,8 @@ def test_the_published_hyperparameters_are_the_defaults():
         "adapter": None,
         "on_plain_task": "error",
         "truncate": False,
+        "settings": None,
+        "choose": None,
     }
     assert dataclasses.asdict(TaskSettings()) == {
         "k": 10,

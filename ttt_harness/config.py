@@ -30,6 +30,7 @@ LOSS_ON = ("outputs", "all", "last")
 GENERATION_BUDGETS = ("full", "published")
 ON_PLAIN_TASK = ("error", "base")
 OVERLAP = ("refuse", "allow")
+CHOOSE = ("all", "task")
 
 
 def cache_dir() -> Path:
@@ -174,6 +175,10 @@ class TTTConfig(_Settings):
     )
     on_plain_task: str = field(default="error", metadata=_one_of(ON_PLAIN_TASK))
     truncate: bool = field(default=False, metadata=_YES_NO)
+    settings: str | None = field(
+        default=None, metadata=_rule(str, "the path of a tuned.json, which ttt-harness tune writes, or auto", bool)
+    )
+    choose: str | None = field(default=None, metadata=_one_of(CHOOSE))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +189,10 @@ class TTTConfig(_Settings):
             raise ConfigError(
                 f"k=0 is not allowed with method={self.method}: an adapter is fitted on demonstrations; "
                 "set k to at least 1, or method=icl for a zero-shot run."
+            )
+        if self.choose is not None and self.settings is None:
+            raise ConfigError(
+                f"choose={self.choose} needs settings=: the tuned.json to choose from, which ttt-harness tune writes."
             )
 
     @classmethod

@@ -24,6 +24,8 @@ class TaskRecord:
     truncated: prompts that lost tokens to the context window.
     served_check: how near the served adapter is to the trained one, for the first adapter of each worker
         (`ttt_harness.run.served_check`).
+    setting: the tuned setting that answered it, where `settings=` chose one: its name, its model arguments, and whether
+        it was chosen for this task or for all.
     sampling: the arguments that answers were drawn with; None where they were greedy or only scored.
     """
 
@@ -38,6 +40,7 @@ class TaskRecord:
     requests: int = 0
     generate_seconds: float = 0.0
     truncated: int = 0
+    setting: dict[str, Any] | None = None
     sampling: dict[str, Any] | None = None
     served_check: dict[str, Any] | None = None
 
@@ -77,7 +80,7 @@ class TaskRecord:
                 ok = isinstance(value, bool)
             elif one.name == "adapter":
                 ok = isinstance(value, str)
-            elif one.name in ("sampling", "served_check"):
+            elif one.name in ("setting", "sampling", "served_check"):
                 ok = isinstance(value, dict)
             elif one.name == "losses":
                 value = [x for x in value if _is_number(x)] if isinstance(value, list) else None

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.run.fakes import Log, fake_worker
+from tests.run.fakes import SETTINGS, Log, fake_worker
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.cluster import pool
 from ttt_harness.cluster.worker import RayWorker, WorkerEnvironment
@@ -90,12 +90,13 @@ def run(made, tmp_path, monkeypatch):
         for number, group in enumerate(groups):
             group.key = keys[number] if keys else f"key-{group.task}"
             group.sequences = [TrainingSequence((1, 2), (False, True))] if group.key else ()
+            group.settings = SETTINGS if group.key else None
         if not made or made[0].closed:
             made[:] = [pool.Pool(workers)]
             # as on a GPU, where a worker's fit and answers go on at once
             made[0]._options |= {"max_concurrency": 4, "num_cpus": 1}
         store = AdapterStore(tmp_path / "store")
-        evaluation = Evaluation(groups, requests, "gen", stored={}, epochs=1, store=str(store.root))
+        evaluation = Evaluation(groups, requests, "gen", stored={}, store=str(store.root))
         made[0].load({"base_model": "m", "flags": str(tmp_path / "flags"), "stages": stages.name, **given})
         ours = WorkerEnvironment("cpu", "float32", "m", VERSIONS)
         with RunProgress(evaluation.work) as progress, made[0].crew(store, ours, progress) as crew:

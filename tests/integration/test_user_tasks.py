@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tuned.files import candidate, tuned
+from ttt_harness.adapters.names import fingerprint
 from ttt_harness.errors import ConfigError, DataError
+from ttt_harness.tuned import write_tuned
 
 pytestmark = pytest.mark.integration
 
@@ -50,8 +53,8 @@ def evaluate(chat_model, store, hub):
     }
     hub("openai/gsm8k", {"main": rows})
 
-    def run(tasks=NAMES, folder=FOLDER, options=None, **model_args):
-        args = {"pretrained": str(chat_model), "adapter_dir": str(store), **ENGINE, **FIT, **model_args}
+    def run(tasks=NAMES, folder=FOLDER, options=None, fit=FIT, **model_args):
+        args = {"pretrained": str(chat_model), "adapter_dir": str(store), **ENGINE, **fit, **model_args}
         manager = TaskManager(include_path=folder, include_defaults=False, metadata=args)
         options = {"task_manager": manager, "bootstrap_iters": 0, "limit": 3, **(options or {})}
         return simple_evaluate("ttt_vllm", args, list(tasks), batch_size=1, **options)
@@ -92,6 +95,34 @@ def test_end_to_end_fits_learn_single_pairs_of_every_shape(evaluate):
         "listed_colours": 3, "short_capitals": 2, "sums": 4,
     }  # fmt: skip
     assert all(len(prompt) < 200 for task in NAMES for ((prompt, *_), *_) in requests(results, task))
+
+
+def test_tuned_settings_answer_each_task_as_they_were_chosen(evaluate, chat_model, tmp_path):
+    """`blanks` and a task that the file does not hold with the settings that gain, `colours` in-context."""
+    best = candidate(FIT["lr"], FIT["epochs"])
+    gains, loses = ({"icl": [1 - right] * 10, best.name: [right] * 10} for right in (1, 0))
+    of_few = {"icl": [0] * 2, best.name: [1] * 2}
+    found = {**dict.fromkeys("abcde", gains), "blanks": of_few, "colours": {name: v[:3] for name, v in loses.items()}}
+    path = tmp_path / "tuned.json"
+    write_tuned(tuned(found, [best], fingerprint=fingerprint(chat_model)), path)
+    tasks, fit = ["blanks", "colours", "last_words"], {"num_permutations": 3, "lora_rank": 8}
+    explicit, plain = evaluate(tasks), evaluate(tasks, method="icl")
+    chosen = evaluate(tasks, fit=fit, settings=str(path), choose="task")
+    for_all = evaluate(tasks, fit=fit, settings=str(path))
+
+    records = [one["config"]["ttt"]["tasks"] for one in (explicit, chosen, for_all)]
+    for task in tasks:
+        in_context = task == "colours"
+        assert answers(chosen, task) == answers(plain if in_context else explicit, task)
+        assert records[1][task]["adapter"] == (None if in_context else records[0][task]["adapter"])
+        assert records[1][task]["setting"]["name"] == ("icl" if in_context else best.name)
+        assert records[1][task]["setting"]["chosen_for"] == ("all tasks" if task == "last_words" else "task")
+        assert answers(for_all, task) == answers(explicit, task)
+        assert (records[2][task]["adapter"], records[2][task]["reused"]) == (records[0][task]["adapter"], True)
+    said = chosen["config"]["ttt"]["settings"]
+    assert (said["settings"], said["choose"], said["setting"]) == (str(path), "task", best.name)
+    with pytest.raises(ConfigError, match="found with 3 demonstrations of colours, and here it has 2"):
+        evaluate(["colours"], fit=fit, settings=str(path), options={"num_fewshot": 2})
 
 
 @pytest.mark.parametrize("multiturn", [True, False])

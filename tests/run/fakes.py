@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 
 from ttt_harness.adapters.store import AdapterStore
-from ttt_harness.run.fitter import FitSettings, Fitter
+from ttt_harness.run.fit_settings import FitSettings
+from ttt_harness.run.fitter import Fitter
 from ttt_harness.run.schedule import Stages
 from ttt_harness.run.worker import Worker
 
@@ -94,5 +95,5 @@ def fake_worker(folder, log, stages=Stages.SEQUENTIAL, *, fit_seconds=0.05, answ
     """A worker with a store in `folder`."""
     store = AdapterStore(folder)
     trainer = FakeTrainer(log, fit_seconds)
-    fitter = Fitter(store, SETTINGS, lambda: trainer, base_model=folder, said={})
+    fitter = Fitter(store, lambda: trainer, base_model=folder)
     return Worker(FakeAnswering(log, answer_seconds), store, fitter, stages=stages, **options)

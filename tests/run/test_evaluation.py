@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.run.fakes import Log, fake_worker
+from tests.run.fakes import SETTINGS, Log, fake_worker
 from ttt_harness.adapters.inventory import entries
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.errors import DataError, ModelError
@@ -27,9 +27,9 @@ def evaluation(keys, questions=3, stored=()):
     ]
     groups = group_by_task(requests)
     for number, (group, key) in enumerate(zip(groups, keys, strict=True)):
-        group.key = key
+        group.key, group.settings = key, SETTINGS if key else None
         group.sequences = [TrainingSequence((1,) * (number + 2), (False,) + (True,) * (number + 1))] if key else ()
-    return Evaluation(groups, requests, "gen", stored=dict(stored), epochs=1, store="the store"), requests
+    return Evaluation(groups, requests, "gen", stored=dict(stored), store="the store"), requests
 
 
 def run(worker, keys, **options):

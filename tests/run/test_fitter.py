@@ -25,10 +25,12 @@ def test_a_slow_store_has_the_fit_after_next_wait(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "save", slow_save)
     trainer = FakeTrainer(log, 0.01)
-    fitter = Fitter(store, SETTINGS, lambda: trainer, base_model=tmp_path, said={})
+    fitter = Fitter(store, lambda: trainer, base_model=tmp_path)
     with ThreadPoolExecutor(1) as fits:
         try:
-            done = [fits.submit(fitter.fit, FitOrder(key, key, key, SEQUENCES), lambda *_: None) for key in "abc"]
+            done = [
+                fits.submit(fitter.fit, FitOrder(key, key, key, SEQUENCES, SETTINGS), lambda *_: None) for key in "abc"
+            ]
             assert done[0].result(timeout=10).fit_seconds is not None  # while it is being written
             with pytest.raises(TimeoutError):
                 done[1].result(timeout=0.3)  # it is fitted while the first is written, and waits for that

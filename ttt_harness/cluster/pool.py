@@ -338,7 +338,10 @@ def begin_workers(pretrained: str | None, dtype: str, model_args: Mapping[str, A
     workers = asked.data_parallel_size or 1
     if pretrained is None or workers < 2:
         return None
-    TTTConfig.from_mapping(model_args)
+    if TTTConfig.from_mapping(model_args).settings is not None:
+        from ttt_harness.run.model_arguments import explicit_arguments
+
+        model_args = explicit_arguments(pretrained, model_args)
     pool = shared_pool(workers, gpus_per_worker=asked.tensor_parallel_size or 1)
     given = {name: value for name, value in model_args.items() if name not in ("data_parallel_size", "device")}
     pool.load({"pretrained": pretrained, "dtype": dtype, **given})

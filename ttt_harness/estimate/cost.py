@@ -9,6 +9,7 @@ from ttt_harness.estimate.tokens import TokenCounts
 from ttt_harness.methods import SETTINGS, Sequences
 from ttt_harness.run.schedule import Task
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.tuned.arguments import explicit_arguments
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def cost_of(cell: Cell, counts: Sequence[TokenCounts]) -> CellCost:
         guesses = tuple(Task(one.name, None, 0, one.questions) for one in counts)
         return CellCost(cell, {}, guesses, (0,) * len(counts), "")
     args = cell.call["model_args"]
-    config = TTTConfig.from_mapping(args)
+    config = TTTConfig.from_mapping(explicit_arguments(args))
     votes = TaskSettings.from_mapping({**args, **(cell.call.get("metadata") or {})}).vote_permutations
     fits: dict[str, float] = {}
     keys = [(cell.setting if method.shared else one.name) if method.fits else None for one in counts]

@@ -24,7 +24,6 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ttt_harness.adapters.names import fingerprint
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.cluster.pool import begin_workers
 from ttt_harness.harness import results
@@ -72,12 +71,12 @@ class TTTVLLM(LM):
         self.answering = Answering(self.arguments.model_dir, self.arguments.engine, self.arguments.adapters)
         self.store = AdapterStore(self.config.adapter_store)
         self.records: dict[str, TaskRecord] = {}
-        self._settings = local.stated_settings(self.config)
+        self._settings = local.stated_settings(self.config, self.arguments.tuned)
         self._fits = self.config.fits
         self._base_model: Future[str] = Future()
         if self._fits:
             self._tell_what_is_left_out()
-            self._base_model = local.in_background(lambda: fingerprint(self.arguments.model_dir), name="fingerprint")
+            self._base_model = local.in_background(self.arguments.base_model, name="fingerprint")
         self._preflight = Preflight(self.arguments, self.answering, self.store, self._base_model)
         if self._pool is None:
             self._worker = local.make_worker(self.arguments, self.answering, self.store)
@@ -194,6 +193,7 @@ class TTTVLLM(LM):
             said = checked[task]
             record.truncated, record.sampling = said.truncated, said.sampling
             record.adapter = record.adapter or said.adapter
+            record.setting = self.arguments.tuned_setting(task)
             self._note(task, record)
         return evaluation.answers
 
@@ -230,7 +230,7 @@ class TTTVLLM(LM):
             return False
         if group.support is None and self.config.on_plain_task != "base":
             support_set_of(requests[group.indices[0]])  # says what to do
-        return group.support is not None
+        return group.support is not None and self.arguments.config_of(group.task).fits
 
     @contextlib.contextmanager
     def _crew(self, progress: RunProgress) -> Iterator[Crew]:
@@ -257,6 +257,6 @@ class TTTVLLM(LM):
                 "%s: the adapter %s does not change the model's output; lr=%s and epochs=%s may be too small.",
                 task,
                 record.adapter,
-                self.config.lr,
-                self.config.epochs,
+                self.arguments.config_of(task).lr,
+                self.arguments.config_of(task).epochs,
             )

@@ -31,7 +31,6 @@ class Evaluation:
         requests: lm-eval's instances, all of them.
         kind: the method of lm-eval's model classes that answers them.
         stored: key -> the record of an adapter that is in the store; the others are fitted.
-        epochs: of a fit.
         store: the store, as messages name it.
         keep: called with requests and their answers as soon as these are there.
     """
@@ -43,14 +42,13 @@ class Evaluation:
         kind: str,
         *,
         stored: Mapping[str, TaskRecord],
-        epochs: int,
         store: str,
         keep: Callable[[Sequence[Any], Sequence[Any]], None] = lambda *_: None,
     ) -> None:
         self.answers: list[Any] = [None] * len(requests)
         self.records: dict[str, TaskRecord] = {}
         self._groups, self._requests, self._kind = groups, requests, kind
-        self._epochs, self._store, self._keep = epochs, store, keep
+        self._store, self._keep = store, keep
         self._adapters = dict(stored)
         self._first = {group.key: number for number, group in reversed(list(enumerate(groups))) if group.key}
         self._fit_work = {key: self._work_of_fit(key) for key in self._first if key not in stored}
@@ -86,7 +84,9 @@ class Evaluation:
         Executor(crew, schedule, progress, order=self._order, work=self._work, take=self._take, again=self._again).run()
 
     def _work_of_fit(self, key: str) -> float:
-        return FIT_COST * work_of_fit(self._groups[self._first[key]].sequences, self._epochs)
+        group = self._groups[self._first[key]]
+        assert group.settings is not None
+        return FIT_COST * work_of_fit(group.sequences, group.settings.epochs)
 
     def _characters(self, group: Group) -> int:
         return sum(len(self._requests[index].args[0]) for index in group.indices)
@@ -97,7 +97,17 @@ class Evaluation:
         where = f"{group.task} ({number + 1}/{len(self._groups)})"
         if isinstance(piece, Fit):
             tasks = [other.task for other in self._groups if other.key == piece.key]
-            return FitOrder(piece.key, group.task, where, group.sequences, tasks, group.determinants)
+            assert group.settings is not None
+            return FitOrder(
+                key=piece.key,
+                task=group.task,
+                where=where,
+                sequences=group.sequences,
+                settings=group.settings,
+                said=group.said,
+                tasks=tasks,
+                determinants=group.determinants,
+            )
         requests = [self._requests[index] for index in group.indices[piece.start : piece.stop]]
         probe = group.sequences[0] if group.sequences else None
         return AnswerOrder(group.key, group.task, where, self._kind, requests, probe)

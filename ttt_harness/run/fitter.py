@@ -1,73 +1,19 @@
 """Adapters for a run: taken from the store, or fitted and stored."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ttt_harness.adapters.names import adapter_key
 from ttt_harness.adapters.store import AdapterStore, StoredAdapter
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.orders import FitOrder, Report
 from ttt_harness.run.served_check import LogProbabilities
 
-# Part of every adapter's name; raise it when a change of the code changes what the same settings lead to.
-FIT_VERSION = 4
 # Of a training sequence, enough to compare trainer and engine by.
 PROBE_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What determines an adapter, besides the base model's weights and the training sequences.
-
-    dtype: of the weights, by torch's name ("bfloat16"); device: "cuda" or "cpu".
-    """
-
-    dtype: str
-    device: str
-    rank: int
-    alpha: float
-    dropout: float
-    batch_size: int
-    epochs: int
-    lr: float
-    warmup_ratio: float
-    seed: int
-
-    def loop(self) -> dict[str, Any]:
-        """The arguments of `Trainer.fit`."""
-        return {
-            "batch_size": self.batch_size,
-            "epochs": self.epochs,
-            "lr": self.lr,
-            "warmup_ratio": self.warmup_ratio,
-            "seed": self.seed,
-        }
-
-    def determinants(self, base_model: str, sequences: Sequence[TrainingSequence]) -> dict[str, Any]:
-        """All that the adapter depends on that is fitted on `sequences`; `base_model` is the hash of the base model."""
-        pairs = [(sequence.tokens, sequence.loss_mask) for sequence in sequences]
-        return {
-            "fit_version": FIT_VERSION,
-            "base_model": base_model,
-            "sequences": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-            "dtype": f"torch.{self.dtype}",
-            "device": self.device,
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "fit": self.loop(),
-        }
-
-    def key(self, base_model: str, sequences: Sequence[TrainingSequence]) -> str:
-        """The name of the adapter that is fitted on `sequences`; see `determinants`."""
-        return adapter_key(self.determinants(base_model, sequences))
 
 
 class FitResult(Protocol):
@@ -118,29 +64,23 @@ class Fitter:
 
     Args:
         store: where adapters are kept.
-        settings: of the fits.
         trainer: gives the trainer when the first adapter is fitted.
         base_model: the base model's directory, which the adapter's file names.
-        said: the settings as records of fits state them.
     """
 
     def __init__(
         self,
         store: AdapterStore,
-        settings: FitSettings,
         trainer: Callable[[], Trainer],
         *,
         base_model: Path,
-        said: dict[str, Any],
     ) -> None:
         self.store = store
-        self.settings = settings
         self._trainer = trainer
         self._base_model = base_model
-        self._said = said
         self._loaded: dict[str, StoredAdapter] = {}
         self._writing: dict[str, Future[StoredAdapter]] = {}
-        self._probed: dict[str, tuple[TrainingSequence, LogProbabilities]] = {}
+        self._probed: dict[str, tuple[TrainingSequence, LogProbabilities, str]] = {}
         self._probe_due = True
         # Writes an adapter while the next one is fitted.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -178,7 +118,7 @@ class Fitter:
             trainer = self._trainer()
             result = trainer.fit(
                 order.sequences,
-                **self.settings.loop(),
+                **order.settings.loop(),
                 on_step=lambda done, steps, loss: report(
                     done / steps, f"{order.where}: fitting, step {done}/{steps}, loss {loss:.3f}", False
                 ),
@@ -186,10 +126,11 @@ class Fitter:
             if self._probe_due:
                 self._probe_due = False
                 probe = probe_of(order.sequences)
-                self._probed[order.key] = probe, trainer.log_probabilities(probe, result.tune_state_dict)
+                trained = trainer.log_probabilities(probe, result.tune_state_dict)
+                self._probed[order.key] = probe, trained, order.settings.dtype
             wait(list(self._writing.values()))  # else a slow store would have adapters pile up on the GPU
             record = self._record(order, result)
-            self._writing[order.key] = self._writer.submit(self._save, order.key, result, record, held.pop_all())
+            self._writing[order.key] = self._writer.submit(self._save, order, result, record, held.pop_all())
         return TaskRecord(
             adapter=str(self.store.root / order.key),
             train_sequences=record["train_sequences"],
@@ -198,33 +139,33 @@ class Fitter:
             fit_seconds=record["fit_seconds"],
         )
 
-    def probed(self, key: str) -> tuple[TrainingSequence, LogProbabilities] | None:
-        """A sequence and its log-probabilities in the trainer, of the first adapter that was fitted here; once."""
+    def probed(self, key: str) -> tuple[TrainingSequence, LogProbabilities, str] | None:
+        """A sequence, its log-probabilities in the trainer, and the dtype, of the first adapter fitted here; once."""
         return self._probed.pop(key, None)
 
     def _record(self, order: FitOrder, result: FitResult) -> dict[str, Any]:
         return {
             "task": order.task,
             **({"tasks": list(order.tasks)} if len(order.tasks) > 1 else {}),
-            "settings": self._said,
+            "settings": dict(order.said),
             "determinants": dict(order.determinants),
-            "dtype": self.settings.dtype,
+            "dtype": order.settings.dtype,
             "train_sequences": len(order.sequences),
             "train_tokens": result.tokens,
             "losses": [round(loss, 6) for loss in result.losses],
             "fit_seconds": round(result.seconds, 3),
         }
 
-    def _save(self, key: str, result: FitResult, record: dict[str, Any], held: ExitStack) -> StoredAdapter:
+    def _save(self, order: FitOrder, result: FitResult, record: dict[str, Any], held: ExitStack) -> StoredAdapter:
         """Store an adapter, then let go of the lock that is `held` on it."""
         with held:
             return self.store.save(
-                key,
+                order.key,
                 result.peft_state_dict(),
                 base_model=str(self._base_model),
-                rank=self.settings.rank,
-                alpha=self.settings.alpha,
-                dropout=self.settings.dropout,
+                rank=order.settings.rank,
+                alpha=order.settings.alpha,
+                dropout=order.settings.dropout,
                 record=record,
             )
 

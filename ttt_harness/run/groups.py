@@ -13,6 +13,7 @@ from ttt_harness.data.sequences import Encode, TrainingSequence, in_context_sequ
 from ttt_harness.data.support import Render, SupportSet
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.methods import Method, Sequences
+from ttt_harness.run.fit_settings import FitSettings
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Group:
     sequences: what the adapter is fitted on; none where the base model answers.
     key: the adapter's name; None where the base model answers.
     determinants: what the key is the hash of.
+    settings, said: of the fit, and as records state them; none where the base model answers.
     """
 
     task: str
@@ -32,6 +34,8 @@ class Group:
     sequences: Sequence[TrainingSequence] = field(default=(), repr=False)
     key: str | None = None
     determinants: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    settings: FitSettings | None = None
+    said: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def group_by_task(requests: Sequence[Any]) -> list[Group]:

@@ -15,7 +15,8 @@ from vllm import envs
 from ttt_harness.adapters.store import AdapterStore
 from ttt_harness.config import TTTConfig
 from ttt_harness.run.executor import SECONDS_BETWEEN_LOOKS
-from ttt_harness.run.fitter import FitSettings, Fitter
+from ttt_harness.run.fit_settings import FitSettings
+from ttt_harness.run.fitter import Fitter
 from ttt_harness.run.memory import MemoryPlan
 from ttt_harness.run.model_arguments import ModelArguments
 from ttt_harness.run.orders import FitOrder, Order, Outcome, Report
@@ -23,6 +24,7 @@ from ttt_harness.run.schedule import Stages
 from ttt_harness.run.worker import Worker
 from ttt_harness.serving.answering import Answering
 from ttt_harness.training.trainer import Trainer, release_trainer, shared_trainer
+from ttt_harness.tuned.arguments import TunedArguments
 
 T = TypeVar("T")
 
@@ -48,10 +50,16 @@ def fit_settings(config: TTTConfig, dtype: str) -> FitSettings:
     )
 
 
-def stated_settings(config: TTTConfig) -> dict[str, Any]:
-    """The settings that results and records state: not where adapters are kept; the user's own where there is one."""
-    unstated = {"adapter_dir", "adapter_limit"} | (set() if config.adapter is not None else {"adapter"})
-    return {name: value for name, value in asdict(config).items() if name not in unstated}
+def stated_settings(config: TTTConfig, tuned: TunedArguments | None = None) -> dict[str, Any]:
+    """The settings that results and records state.
+
+    Not where adapters are kept; the user's own adapter, and the file of tuned settings and the name of the one that was
+    chosen for all tasks, where there is one.
+    """
+    unstated = {"adapter_dir", "adapter_limit"}
+    unstated |= {name for name in ("adapter", "settings", "choose") if getattr(config, name) is None}
+    said = {name: value for name, value in asdict(config).items() if name not in unstated}
+    return said if tuned is None else {**said, "setting": tuned.pooled.name}
 
 
 def stages_of(memory: MemoryPlan | None) -> Stages:
@@ -63,17 +71,10 @@ def stages_of(memory: MemoryPlan | None) -> Stages:
 
 def make_worker(arguments: ModelArguments, answering: Answering, store: AdapterStore) -> Worker:
     """The worker that fits and answers as `arguments` say; loads nothing yet."""
-    config, memory = arguments.config, arguments.memory
     fitter = None
-    if config.fits:
-        fitter = Fitter(
-            store,
-            fit_settings(config, answering.dtype_name),
-            lambda: trainer_of(arguments, answering.dtype),
-            base_model=arguments.model_dir,
-            said=stated_settings(config),
-        )
-    return Worker(answering, store, fitter, stages=stages_of(memory), release_trainer=release_trainer)
+    if arguments.config.fits:
+        fitter = Fitter(store, lambda: trainer_of(arguments, answering.dtype), base_model=arguments.model_dir)
+    return Worker(answering, store, fitter, stages=stages_of(arguments.memory), release_trainer=release_trainer)
 
 
 def preload(arguments: ModelArguments, answering: Answering, *, engine: bool = True) -> None:

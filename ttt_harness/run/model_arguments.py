@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from lm_eval.models import vllm_causallms
 from vllm.engine.arg_utils import EngineArgs
 
+from ttt_harness.adapters.names import fingerprint
 from ttt_harness.adapters.user import UserAdapters, adapters_by_task, check_user_adapter
 from ttt_harness.config import VLLM_LORA_RANKS, LMEvalSettings, TaskSettings, TTTConfig, nearest, quoted
 from ttt_harness.embedded import embedded_model_path
@@ -35,6 +36,8 @@ from ttt_harness.serving.engine import default_engine_args
 from ttt_harness.training.model_config import read_config
 from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.weights import check_weights
+from ttt_harness.tuned import newest, tuned_folder
+from ttt_harness.tuned.arguments import TunedArguments, tuned_arguments, tuned_path
 
 # Arguments of vLLM's engine that mean something else here, or nothing, and what to use.
 NOT_HERE = {
@@ -112,6 +115,7 @@ class ModelArguments:
     adapters: the user's own, which answer in the place of fitted ones; None without any.
     memory: how trainer and engine share a GPU; None without a GPU, without adapters, or with several workers.
     given: what a worker parses again.
+    tuned: the settings that `settings=` chooses; None where the user states them.
     """
 
     config: TTTConfig
@@ -123,6 +127,19 @@ class ModelArguments:
     adapters: UserAdapters | None
     memory: MemoryPlan | None
     given: dict[str, Any]
+    tuned: TunedArguments | None = None
+
+    def config_of(self, task: str) -> TTTConfig:
+        """The settings of a task's fit, which with choose=task are its own."""
+        return self.tuned.config(task) if self.tuned is not None else self.config
+
+    def tuned_setting(self, task: str) -> dict[str, Any] | None:
+        """What results state of the tuned setting of a task; None without `settings=`."""
+        return self.tuned.said(task) if self.tuned is not None else None
+
+    def base_model(self) -> str:
+        """The hash of the base model's weights, which takes a while."""
+        return fingerprint(self.model_dir) if self.tuned is None else self.tuned.tuned.base_model.fingerprint
 
     @classmethod
     def parse(cls, pretrained: str | None, dtype: str = "auto", **model_args: Any) -> Self:
@@ -137,6 +154,12 @@ class ModelArguments:
         config = TTTConfig.from_mapping(model_args)
         TaskSettings.from_mapping(model_args)
         lm_eval = LMEvalSettings.from_mapping(model_args)
+        tuned = None
+        if config.settings is not None:
+            tuned = _tuned(pretrained, lm_eval, model_args)
+            model_args = tuned.model_args(tuned.base)
+            stated = {"settings": str(tuned.path), "choose": config.choose or "all"}
+            config = TTTConfig.from_mapping({**model_args, **stated})
         workers = lm_eval.data_parallel_size or 1
         _refuse_log_probabilities(model_args)
         if config.fits:
@@ -178,7 +201,46 @@ class ModelArguments:
             adapters=adapters,
             memory=memory,
             given={"pretrained": pretrained, "dtype": dtype, **given},
+            tuned=tuned,
         )
+
+
+def explicit_arguments(pretrained: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Model arguments in which `settings=` is replaced with what it stands for, for processes that lack the file.
+
+    Raises:
+        ConfigError, ModelError: as `ModelArguments.parse`.
+    """
+    tuned = _tuned(_named(pretrained), LMEvalSettings.from_mapping(model_args), model_args)
+    return tuned.model_args(tuned.base)
+
+
+def _tuned(pretrained: str, lm_eval: LMEvalSettings, model_args: Mapping[str, Any]) -> TunedArguments:
+    """The settings that `settings=` chooses for this base model.
+
+    Raises:
+        ConfigError: there are none, or they are for another model, or not allowed beside the other arguments.
+    """
+    config = TTTConfig.from_mapping(model_args)
+    model_dir = model_directory(pretrained, lm_eval)
+    read_config(model_dir)  # says what is wrong with a folder that holds no model
+    weights = fingerprint(model_dir)
+    if config.settings == "auto":
+        path = newest(fingerprint=weights, method=config.method, k=config.k)
+        if path is None:
+            raise ConfigError(
+                f"settings=auto finds no settings for {pretrained} with method={config.method} and k={config.k} in "
+                f"{tuned_folder()}; run ttt-harness tune, or name a file with settings=PATH."
+            )
+    else:
+        path = tuned_path(str(config.settings))
+    tuned = tuned_arguments(model_args, path)
+    if tuned.tuned.base_model.fingerprint != weights:
+        raise ConfigError(
+            f"settings={path} was found for {tuned.tuned.base_model.name}, whose weights are others than those of "
+            f"pretrained={pretrained}; run ttt-harness tune for this model."
+        )
+    return tuned
 
 
 def model_directory(pretrained: str, settings: LMEvalSettings) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ttt_harness.data.sequences import TrainingSequence
 from ttt_harness.records import TaskRecord
+from ttt_harness.run.fit_settings import FitSettings
 
 # the share of a piece that is done, from 0 to 1; what is being done; whether that is worth a line of its own
 Report = Callable[[float, str, bool], None]
@@ -19,6 +20,8 @@ class FitOrder:
     task: the task that it is fitted for, the first one of an adapter that several share.
     where: what the progress calls it.
     sequences: what it is fitted on.
+    settings: of the fit.
+    said: the same as the record of the fit states them.
     tasks: all that share it, where several do.
     determinants: what its name is the hash of, for the record of the fit.
     """
@@ -27,6 +30,8 @@ class FitOrder:
     task: str
     where: str
     sequences: Sequence[TrainingSequence]
+    settings: FitSettings
+    said: Mapping[str, Any] = field(default_factory=dict)
     tasks: Sequence[str] = ()
     determinants: Mapping[str, Any] = field(default_factory=dict)
 

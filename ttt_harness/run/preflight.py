@@ -9,11 +9,12 @@ from typing import Any
 from ttt_harness.adapters.prune import keep_below
 from ttt_harness.adapters.size import adapter_bytes, parse_size, size_text
 from ttt_harness.adapters.store import AdapterStore
+from ttt_harness.config import TTTConfig
 from ttt_harness.records import TaskRecord
 from ttt_harness.run.evaluation import Evaluation
 from ttt_harness.run.fitter import record_of
 from ttt_harness.run.groups import Group, Preparation, group_by_task
-from ttt_harness.run.local import fit_settings
+from ttt_harness.run.local import fit_settings, stated_settings
 from ttt_harness.run.model_arguments import ModelArguments
 from ttt_harness.serving.answering import Answering, Checked
 
@@ -77,7 +78,6 @@ class Preflight:
             requests,
             kind,
             stored=self._stored(fitted),
-            epochs=config.epochs,
             store=str(self.store.root),
             keep=keep,
         )
@@ -108,14 +108,26 @@ class Preflight:
                 group.indices = []
                 groups.append(group)
         self._prepare(groups)
-        epochs = self.arguments.config.epochs
-        evaluation = Evaluation(groups, [], "", stored=self._stored(groups), epochs=epochs, store=str(self.store.root))
+        evaluation = Evaluation(groups, [], "", stored=self._stored(groups), store=str(self.store.root))
         self._check_room(groups, evaluation.to_fit)
         return evaluation, {group.task: group.key for group in groups if group.key is not None}
 
     def _prepare(self, groups: Sequence[Group]) -> None:
-        """Give the groups their training sequences and keys."""
-        config, answering, shape = self.arguments.config, self.answering, self.arguments.shape
+        """Give the groups their training sequences and keys, those with the same settings together."""
+        alike: list[tuple[TTTConfig, list[Group]]] = []
+        for group in groups:
+            config = self.arguments.config_of(group.task)
+            same = next((same for one, same in alike if one == config), None)
+            if same is None:
+                alike.append((config, same := []))
+            same.append(group)
+            if self.arguments.tuned is not None and group.support is not None:
+                self.arguments.tuned.check_demonstrations(group.task, len(group.support.demonstrations))
+        for config, same in alike:
+            self._prepare_alike(same, config)
+
+    def _prepare_alike(self, groups: Sequence[Group], config: TTTConfig) -> None:
+        answering, shape = self.answering, self.arguments.shape
         assert shape is not None
         settings, of_context = fit_settings(config, answering.dtype_name), shape.determinants(answering.max_length)
         Preparation(
@@ -131,6 +143,7 @@ class Preflight:
             determinants=lambda sequences: settings.determinants(self.base_model.result(), sequences) | of_context,
         ).prepare(groups)
         for group in groups:
+            group.settings, group.said = settings, stated_settings(config)
             for sequence in group.sequences:
                 shape.check_tokens(sequence.tokens, what=f"{group.task}: a training sequence")
 

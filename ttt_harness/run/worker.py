@@ -140,16 +140,16 @@ class Worker:
         """
         engine = self.answering.model
         probed = self._fitter.probed(order.key) if self._fitter and order.key else None
-        if probed is None or self._fitter is None:
+        if probed is None:
             if order.probe is not None:
                 record.changes_output = engine.changes_output(adapter, order.probe.tokens[:SHORT_PROBE])
             return
-        sequence, trained = probed
+        sequence, trained, dtype = probed
 
         def served(request: Any) -> tuple[float, ...]:
             of_tokens = engine.log_probabilities(sequence.tokens, request)
             return tuple(value for value, wanted in zip(of_tokens, sequence.loss_mask[1:], strict=True) if wanted)
 
-        check = compare_served(trained, Served(served(adapter), served(None)), dtype=self._fitter.settings.dtype)
+        check = compare_served(trained, Served(served(adapter), served(None)), dtype=dtype)
         record.served_check, record.changes_output = check.as_record(), check.served_effect > 0
         check.raise_if_failed(f"{order.task} with the adapter {self.store.root / str(order.key)}")

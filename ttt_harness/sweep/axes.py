@@ -78,6 +78,8 @@ NOT_AXES = {
     "on_plain_task": "it does not change the result of a TTT task",
     "overlap": "it does not change the result of a task that is allowed",
     "truncate": "it says what becomes of prompts beyond the context window, in all cells alike; set it in --model_args",
+    "settings": "it sets the axes of fits itself; give it to all cells in --model_args",
+    "choose": "give it to all cells in --model_args, beside settings=",
     "num_fewshot": "k is the number of demonstrations",
 }
 

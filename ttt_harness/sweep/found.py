@@ -16,6 +16,7 @@ from ttt_harness.methods import SETTINGS
 from ttt_harness.report.results import Run, find_runs, read_run
 from ttt_harness.sweep.axes import FIT_AXES
 from ttt_harness.sweep.grid import Cell
+from ttt_harness.tuned.arguments import explicit_arguments
 
 RECORD = "cell.json"
 # A file in a folder that a sweep is writing, or has written, that says so.
@@ -179,7 +180,7 @@ def _other_defaults(cell: Cell, run: Run) -> str:
     """The settings of the fits that a version with other defaults has run the cell with, for people."""
     if not SETTINGS[cell.method].fits:
         return ""
-    now = TTTConfig.from_mapping(cell.call["model_args"])
+    now = TTTConfig.from_mapping(explicit_arguments(cell.call["model_args"]))
     new = {name: getattr(now, name) for name in FIT_AXES}
     return _differences([name for name in new if run.settings.get(name, new[name]) != new[name]], run.settings, new)
 

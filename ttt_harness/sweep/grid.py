@@ -15,6 +15,7 @@ from ttt_harness.config import TaskSettings, TTTConfig, nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.methods import SETTINGS
 from ttt_harness.sweep.axes import Point, matters, point_text
+from ttt_harness.tuned.arguments import explicit_arguments
 
 Call = dict[str, Any]
 
@@ -91,7 +92,7 @@ def cells_of(methods: Sequence[str], seeds: Sequence[int], call: Call, points: S
         for (name, text), point in settings.items()
     }
     _refuse_same(calls)
-    configs = [TTTConfig.from_mapping(one["model_args"]) for (name, *_), one in calls.items() if SETTINGS[name].fits]
+    configs = [_config(one) for (name, *_), one in calls.items() if SETTINGS[name].fits]
     rank = max((config.lora_rank for config in configs if config.fits), default=None)
     return [
         Cell(name, seed, one, text, rank if SETTINGS[name].model == "ttt_vllm" else None)
@@ -124,9 +125,21 @@ def _cell_call(call: Call, name: str, text: str, point: Point, seed: int) -> Cal
             f"k={task.k} is not allowed with {', '.join([name, *([text] if text else [])])}: it takes one "
             "demonstration out of the prompt, and one has to stay; set k to at least 2."
         )
+    if not setting.fits:
+        for option in ("settings", "choose"):  # of fits
+            own["model_args"].pop(option, None)
     if setting.model == "ttt_vllm":
-        TTTConfig.from_mapping(own["model_args"])
+        fits, path = _config(own).fits, own["model_args"].get("settings")
+        if path is not None and not fits:
+            raise ConfigError(
+                f"settings={path} chooses in-context learning, with which {name} fits nothing; use --methods icl."
+            )
     return own
+
+
+def _config(call: Call) -> TTTConfig:
+    """The settings of a cell's fits: with `settings=`, what it stands for."""
+    return TTTConfig.from_mapping(explicit_arguments(call["model_args"]))
 
 
 def _refuse_set_per_cell(call: Call, points: Sequence[Point]) -> None:
