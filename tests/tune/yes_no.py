@@ -6,8 +6,9 @@ from typing import Any
 
 from ttt_harness.config import TTTConfig
 from ttt_harness.sweep.lm_eval_call import parse_call
+from ttt_harness.sweep.loading import Loaded
 from ttt_harness.tune.candidates import Setting
-from ttt_harness.tune.loading import Loaded, load
+from ttt_harness.tune.loading import load_demonstrations
 from ttt_harness.tune.prepare import Prepared, prepare
 
 TASK = """
@@ -49,7 +50,7 @@ def loaded(model: Path, folder: Path, *options: str, **more: Any) -> Loaded:
     text = ",".join(f"{name}={value}" for name, value in {**args, **more}.items())
     given = ["--include_path", str(folder), "--tasks", ",".join(KINDS), "--model_args", text, *options]
     call = parse_call({"output_path": "."}, given)
-    return load({**call, "model": "ttt_vllm", "output_path": None, "log_samples": False})
+    return load_demonstrations({**call, "model": "ttt_vllm", "output_path": None, "log_samples": False})
 
 
 def prepared(of: Loaded, task: str) -> Prepared:

@@ -36,7 +36,7 @@ class Setting:
     @property
     def epochs(self) -> int:
         """Passes over the training sequences."""
-        return self.config.epochs or 0
+        return self.config.epochs
 
     @property
     def shared_fit(self) -> TTTConfig:

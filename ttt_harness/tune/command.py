@@ -17,11 +17,12 @@ from ttt_harness.sweep.cells import locked
 from ttt_harness.sweep.grid import Call, parse_seeds
 from ttt_harness.sweep.grid_file import read_grid_file
 from ttt_harness.sweep.lm_eval_call import one_task_index, parse_call
+from ttt_harness.sweep.loading import Loaded
 from ttt_harness.terminal import INTERRUPTED, complain
 from ttt_harness.tune.candidates import Setting, settings_of
 from ttt_harness.tune.display import print_found
 from ttt_harness.tune.fitting import Fitting
-from ttt_harness.tune.loading import Loaded, load
+from ttt_harness.tune.loading import load_demonstrations
 from ttt_harness.tune.log import SearchLog
 from ttt_harness.tune.prepare import DEFAULT_FOLDS, Prepared, prepare
 from ttt_harness.tune.search import Found, Search, planned_epochs
@@ -72,7 +73,7 @@ def tune(
     file = read_grid_file(config) if config else {}
     asked = _checked(grid, seeds, folds, orders, sample_tasks, full, file, options)
     with one_task_index():
-        loaded = {seed: load(_call_of(asked, seed)) for seed in asked.seeds}
+        loaded = {seed: load_demonstrations(_call_of(asked, seed)) for seed in asked.seeds}
     first = next(iter(loaded.values()))
     tasks = _sampled(list(first.tasks), asked)
     prepared = [

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ttt_harness.harness.task import TTTTask
     from ttt_harness.serving.answering import Answering
-    from ttt_harness.tune.loading import Chat
+    from ttt_harness.sweep.loading import Chat
 
 # Forced behind an answer and what ends it: enough to see a stop sequence that begins there.
 TOKENS_BEHIND = 8

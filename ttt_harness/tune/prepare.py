@@ -11,11 +11,11 @@ from ttt_harness.data.support import SupportSet
 from ttt_harness.errors import ConfigError
 from ttt_harness.run.fitter import work_of_fit
 from ttt_harness.run.groups import Group, Preparation
+from ttt_harness.sweep.loading import Loaded
 from ttt_harness.tune.candidates import Setting
 from ttt_harness.tune.fitting import Fold
 from ttt_harness.tune.folds import folds, orders
 from ttt_harness.tune.held_out import Asker
-from ttt_harness.tune.loading import Loaded
 from ttt_harness.tuned import Asked
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Sequences:
             encode=lm.answering.encode,
             render=lm.answering.render_chat,
             max_length=lm.max_length,
-            num_permutations=config.num_permutations or 1,
+            num_permutations=config.num_permutations,
             shuffle=config.shuffle,
             seed=self._seed,
             loss_on=config.loss_on,

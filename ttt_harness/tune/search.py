@@ -158,7 +158,7 @@ class Search:
     def _best(self, alive: Sequence[Setting], count: int) -> list[Setting]:
         """The best so far, in the order of the grid; of equals the cheaper, then the earlier one."""
         ranked = sorted(
-            alive, key=lambda one: (-self.found.accuracy(one.name), one.epochs * (one.config.num_permutations or 1))
+            alive, key=lambda one: (-self.found.accuracy(one.name), one.epochs * one.config.num_permutations)
         )
         return [setting for setting in alive if setting in ranked[:count]]
 
