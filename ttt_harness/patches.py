@@ -127,12 +127,26 @@ PATCHES: dict[str, Patch] = {
         f"{_LM_EVAL}/blob/v0.4.13/lm_eval/api/group.py",
         "the harmonic mean of bbeh_ttt is missing",
     ),
+    "lm_eval: standard errors": Patch(
+        "lm_eval.evaluator_utils:stderr_for_metric",
+        ("metric", "bootstrap_iters"),
+        "lm-eval chooses a standard error by the aggregation function, and ends with a traceback where it fails.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/api/metrics.py",
+        "scores have no standard errors",
+    ),
     "lm_eval: command": Patch(
         "lm_eval._cli.harness:HarnessCLI.execute",
         ("args",),
         "An error of ours ends lm-eval's command with its sentence, whichever model class runs the task.",
         f"{_LM_EVAL}/blob/v0.4.13/lm_eval/_cli/harness.py",
         "errors end lm_eval with a traceback",
+    ),
+    "lm_eval: reading of the command": Patch(
+        "lm_eval._cli.harness:HarnessCLI.parse_args",
+        (),
+        "lm-eval ends with a traceback where an argument looks like JSON and is none.",
+        f"{_LM_EVAL}/blob/v0.4.13/lm_eval/_cli/utils.py",
+        "such an argument ends lm-eval with a traceback",
     ),
     "lm_eval: run": Patch(
         "lm_eval._cli.run:Run._execute",

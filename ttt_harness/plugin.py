@@ -21,7 +21,9 @@ import importlib.util
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder
 from os import PathLike
@@ -30,8 +32,9 @@ from types import ModuleType
 from typing import Any
 
 from ttt_harness import patches
-from ttt_harness.errors import TTTError, ending_in_one_sentence
+from ttt_harness.errors import ConfigError, TTTError, ending_in_one_sentence
 from ttt_harness.serving.environment import prepare_environment
+from ttt_harness.serving.generation import NO_CACHE
 
 MODELS = {
     "ttt_random": "ttt_harness.harness.random_guess:RandomGuess",
@@ -101,7 +104,7 @@ def add_includes() -> None:
                 path = installed / rest
             try:
                 return load_yaml(path, **options)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # of a module that is no module but a script
                 if (refused := _refusal(Path(path), error)) is None:
                     raise
                 unreadable.append(refused)
@@ -113,7 +116,7 @@ def add_includes() -> None:
     patches.apply("lm_eval: includes of YAML files", of_lm_eval)
 
 
-def _refusal(path: Path, error: Exception) -> TTTError | None:
+def _refusal(path: Path, error: BaseException) -> TTTError | None:
     """The sentence about a YAML of a TTT task that cannot be read; None for one of another task."""
     if isinstance(error, TTTError):
         return error
@@ -219,13 +222,49 @@ def add_endings() -> None:
     def ending(execute: Callable[..., Any]) -> Callable[..., Any]:
         def execute_and_end(self: Any, args: Any) -> Any:
             with ending_in_one_sentence(interrupted=lambda: "ttt_harness.harness.model" in sys.modules):
-                if getattr(args, "model", None) == "ttt_vllm":
+                model = getattr(args, "model", None)
+                if model == "ttt_vllm":
                     prepare_environment()  # some of it has to stand there before lm-eval imports torch
-                return execute(self, args)
+                    if args.use_cache:
+                        raise ConfigError(NO_CACHE)  # before lm-eval makes the file
+                with _lm_evals_refusals() if model in MODELS else nullcontext():
+                    return execute(self, args)
 
         return execute_and_end
 
+    def reading(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_or_end(self: Any) -> Any:
+            try:
+                return parse(self)
+            except ValueError as error:  # of text that begins or ends like JSON and is none
+                if not set(MODELS) & set(sys.argv):
+                    raise
+                self._parser.error(_first_line(error))
+
+        return parse_or_end
+
     patches.apply("lm_eval: command", ending)
+    patches.apply("lm_eval: reading of the command", reading)
+
+
+@contextmanager
+def _lm_evals_refusals() -> Iterator[None]:
+    """Have what lm-eval raises while it checks its command line be a sentence.
+
+    Raises:
+        ConfigError: lm-eval refuses an argument, or does not find a task.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if "lm_eval.config.evaluate_config" not in frames:
+            raise
+        raise ConfigError(f"lm-eval refuses its arguments: {_first_line(error)}; see lm_eval run --help.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def add_watch() -> None:

@@ -147,13 +147,23 @@ FILTER = "filter_list: [{{name: x, filter: [{}]}}]\n"
         ("metadata:\nfewshot_config: {samples: [1]}\n", "", ["fewshot_config.samples", "mappings"]),
         ("description: '{{nothing}}'\n", "", ["'nothing' is undefined", "row's columns are q, a"]),
         ("gen_prefix: '{{q | explode}}'\n", "", ["explode"]),
+        (METRIC.format("exact_match", "mean").replace("}]", ", ignore_cas: true}]"), "", ["argument 'ignore_cas'"]),
+        ("metric_list: [{metric: bleu}, {metric: bleu, aggregation: median}]\n", "", ["bleu twice", "the last alone"]),
+        ("process_results: !function functions.f\n", "import numpy\ndef f(d, r): return {'x': numpy.ones(2)}",
+         ["the standard error of the metric x"]),
+        ("process_results: !function functions.f\n", "def f(d, r): return {'x': 'yes'}", ["aggregation of the metric"]),
+        ("process_results: !function functions.f\n", "def f(d, r): exit()", ["process_results", "SystemExit"]),
+        ("process_results: !function functions.f\n", "raise SystemExit(0)", ["cannot be read", "SystemExit"]),
+        ("doc_to_target: answer\n", "", ["doc_to_target is 'answer'", "no column", "q, a"]),
+        ("doc_to_text: qq\n", "", ["doc_to_text is 'qq'", "no column", "Did you mean 'q'?"]),
+        ("doc_to_text: !function functions.f\n", "def f(doc): exit()", ["doc_to_text fails", "SystemExit"]),
         ("gen_prefix: n\nprocess_docs: !function functions.f\n",
          "def f(docs): return docs.map(lambda row: {**row, 'n': 3})", ["'n' is 3", "where a text belongs"]),
     ],
 )  # fmt: skip
 def test_scoring_is_tried_before_the_model_is_asked(tmp_path, yaml, functions, telling):
     message = refusal(write(tmp_path, without(GENERATE, yaml) + yaml, ROWS, functions))
-    assert message.startswith(f"mine ({tmp_path}/mine.yaml)")
+    assert message.startswith((f"mine ({tmp_path}/mine.yaml)", f"the task in {tmp_path}/mine.yaml"))
     for words in telling:
         assert words in message
 
@@ -240,6 +250,70 @@ def test_errors_of_the_mean_are_still_computed(tmp_path):
         bootstrap_iters=10,
     )["results"]["mine"]
     assert isinstance(results["exact_match_stderr,none"], float)
+
+
+@pytest.mark.filterwarnings("ignore:A single label:UserWarning")  # in a resample, of matthews_corrcoef
+@pytest.mark.parametrize("aggregation", ["median", "perplexity", "matthews_corrcoef", "nanmean"])
+def test_standard_errors_are_drawn_as_for_other_tasks(tmp_path, monkeypatch, aggregation):
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # of lm-eval
+    functions = "def f(doc, r):\n    n = int(doc['a'][-1]) & 1\n    return {'acc': (n, n) if %s else n / 2}"
+    functions %= aggregation == "matthews_corrcoef"
+    yaml = GENERATE + "process_results: !function functions.f\n" + METRIC.format("acc", aggregation)
+    results = simple_evaluate(
+        Counting(),
+        tasks=["mine"],
+        task_manager=TaskManager(include_path=str(write(tmp_path, yaml, ROWS, functions)), include_defaults=False),
+        bootstrap_iters=20,
+    )["results"]["mine"]
+    assert isinstance(results["acc_stderr,none"], float)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_standard_error_that_fails_is_one_sentence(tmp_path):
+    functions = "def f(doc, r): return {'acc': 1.0 if r[0] != ' yes' else None}\ndef g(values): return 0.5"
+    yaml = GENERATE + "process_results: !function functions.f\n" + METRIC.format("acc", "mean")
+    with pytest.raises(TTTError, match="of the metric acc over 6 scores fails"):
+        simple_evaluate(
+            Counting(),
+            tasks=["mine"],
+            task_manager=TaskManager(include_path=str(write(tmp_path, yaml, ROWS, functions)), include_defaults=False),
+        )
+
+
+@pytest.mark.parametrize("at", [1, 5, 8])
+@pytest.mark.parametrize("column", ["q", "a"])
+def test_a_row_that_is_no_utf8_is_named(tmp_path, at, column):
+    folder = write(tmp_path, GENERATE, changed(ROWS, at, **{column: "caf\u00e9"}))
+    data = (folder / "d.jsonl").read_text().replace("\\u00e9", "\u00e9")
+    (folder / "d.jsonl").write_bytes(data.encode("latin-1"))
+    message = refusal(folder)
+    assert "UnicodeDecodeError" in message
+    if "its declaration" not in message:  # lm-eval reads the first row
+        assert f"row {at + 1} of the split 'train' cannot be read" in message
+
+
+def test_data_that_cannot_be_read_are_told_by_their_reader(tmp_path):
+    folder = write(tmp_path, GENERATE, ROWS)
+    with (folder / "d.jsonl").open("a") as file:
+        file.write("{bad\n")
+    assert "JSON parse error" in refusal(folder)
+
+
+def test_splits_may_be_lists_of_rows(tmp_path):
+    functions = f"def f(**_): return {{'test': {ROWS!r}}}"
+    folder = write(tmp_path, GENERATE + "custom_dataset: !function functions.f\n", ROWS, functions)
+    assert evaluate(folder)["n-samples"]["mine"]["effective"] == 6
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "a\u202eb", "a\x9bb"])
+def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path, name):
+    folder = write(tmp_path, GENERATE, ROWS)
+    text = (folder / "mine.yaml").read_text().replace("task: mine", f"task: {json.dumps(name)}")
+    (folder / "mine.yaml").write_text(text)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with pytest.raises(TTTError, match="no terminal prints") as raised:
+        manager.load([name])
+    assert name not in str(raised.value)
 
 
 # D and F: data that does not fit, and values that lm-eval reads as others

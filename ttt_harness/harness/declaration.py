@@ -22,6 +22,7 @@ from ttt_harness.config import nearest
 from ttt_harness.errors import ConfigError
 from ttt_harness.harness.rows import choices_problem
 from ttt_harness.harness.user_code import own_words, printable, shown
+from ttt_harness.terminal import visible
 
 # Besides the fields of TaskConfig: what lm-eval itself takes out of a YAML.
 STRUCTURE_KEYS = ("class", "group", "include", "tag", "task_list")
@@ -59,6 +60,7 @@ def check(config: Mapping[str, Any]) -> None:
     """
     _check_size(config)
     task = where(config)
+    _check_name(task, config)
     _check_texts_as_keys(task, config)
     _check_metadata(task, config)
     _check_keys(task, config, {f.name for f in fields(TaskConfig)}, STRUCTURE_KEYS, "")
@@ -119,7 +121,32 @@ def _check_fields(task: str, config: Mapping[str, Any], kind: str) -> None:
             raise ConfigError(f"{task}: {problem}.")
 
 
-def unreadable_yaml(path: Path, error: Exception) -> ConfigError:
+def check_columns(task: str, config: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Refuse a name that was meant for a column and is none: lm-eval takes it for the text of every row.
+
+    Args:
+        task: the task, as messages name it.
+        config: the declaration.
+        columns: of the data set.
+
+    Raises:
+        ConfigError: a field is a name and no column.
+    """
+    columns, choices = list(columns), config.get("doc_to_choice")
+    listed = [str(choice) for choice in choices] if isinstance(choices, list | Mapping) else []
+    own_scores = config.get("process_results") is not None
+    for key in ("doc_to_text", "doc_to_target"):
+        source = config.get(key)
+        if not isinstance(source, str) or not source.isidentifier() or source in (*columns, *listed):
+            continue
+        if key == "doc_to_text" or not own_scores:  # which may need no right answer
+            raise ConfigError(
+                f"{task}: {key} is {shown(source)}, which is no column of the data (it has {', '.join(columns)}), and "
+                f"would be the same for every row; name a column, or write a template.{nearest(source, columns)}"
+            )
+
+
+def unreadable_yaml(path: Path, error: BaseException) -> ConfigError:
     """The sentence about a task's YAML that cannot be read, or that names a function which cannot be had."""
     problem = own_words(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -211,6 +238,13 @@ def _check_kinds(
             raise ConfigError(f"{task}: {path}{key} is {shown(value)}, but has to be {words}.")
 
 
+def _check_name(task: str, config: Mapping[str, Any]) -> None:
+    """Refuse a name that a terminal would obey: lm-eval prints it as it is."""
+    name = config.get("task")
+    if isinstance(name, str) and visible(name) != name:
+        raise ConfigError(f"{task}: the task's name has characters that no terminal prints; take them out of it.")
+
+
 def _check_size(config: Mapping[str, Any]) -> None:
     """Refuse what is too large written out, as lm-eval writes every declaration into its results.
 
@@ -273,7 +307,14 @@ def _check_metric_list(task: str, config: Mapping[str, Any]) -> None:
         return
     if not listed:
         raise ConfigError(f"{task}: metric_list is empty; list a metric, or leave it out for lm-eval's own.")
+    names: dict[str, Any] = {}
     for entry in listed:
+        name = _name(entry.get("metric")) if isinstance(entry, Mapping) else ""
+        if entry != names.setdefault(name, entry):
+            raise ConfigError(
+                f"{task}: metric_list has the metric {name} twice, of which lm-eval would compute the last alone; list "
+                "it once, or give the second to a task of its own."
+            )
         if not isinstance(entry, Mapping) or not entry.get("metric"):
             raise ConfigError(
                 f"{task}: metric_list has {shown(entry)}, where a mapping with a metric belongs, e.g. "

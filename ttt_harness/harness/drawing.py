@@ -16,7 +16,7 @@ from lm_eval.config.task import TaskConfig
 
 from ttt_harness.config import TaskSettings
 from ttt_harness.errors import ConfigError, DataError
-from ttt_harness.harness.user_code import Row, shown, user_code
+from ttt_harness.harness.user_code import Row, own_words, shown, user_code
 
 _alone: ContextVar[bool] = ContextVar("demonstrations_alone", default=False)
 
@@ -38,6 +38,7 @@ def demonstrations_alone() -> Iterator[None]:
 class Drawing:
     """The demonstrations, and the rows that are evaluated.
 
+    where: the task and its YAML, as messages name it.
     demonstrations: in their order in the prompts.
     source: where they come from, in words.
     evaluated: the rows, in the order of evaluation.
@@ -46,6 +47,7 @@ class Drawing:
     alone: the evaluated rows are the demonstrations (`demonstrations_alone`).
     """
 
+    where: str
     demonstrations: list[Row]
     source: str
     evaluated: datasets.Dataset
@@ -54,13 +56,32 @@ class Drawing:
     alone: bool = False
 
     def rows(self, positions: Sequence[int] | None = None) -> Iterator[Row]:
-        """The evaluated rows, or those at `positions` among them."""
+        """The evaluated rows, or those at `positions` among them.
+
+        Raises:
+            DataError: a row cannot be read.
+        """
         if positions is None:
             positions, docs = range(len(self.numbers)), iter(self.evaluated)
         else:
             docs = (self.evaluated[position] for position in positions)
-        for position, doc in zip(positions, docs, strict=True):
-            yield Row(doc, self.split, self.numbers[position])
+        for position in positions:
+            number = self.numbers[position]
+            with _reading(self.where, number, self.split):
+                doc = next(docs)
+            yield Row(doc, self.split, number)
+
+
+@contextmanager
+def _reading(where: str, number: int, split: str) -> Iterator[None]:
+    """Say which row it is that cannot be read: columns of text are decoded only here."""
+    try:
+        yield
+    except Exception as error:  # of pyarrow and of `datasets`, of many kinds
+        raise DataError(
+            f"{where}: row {number} of the {split} cannot be read ({own_words(error)}); correct the data, and save "
+            "texts as UTF-8."
+        ) from error
 
 
 def listed_samples(where: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
@@ -130,6 +151,9 @@ class Splits:
             with user_code(self.where, f"process_docs for the split '{split}'"):
                 docs = process_docs(docs)
                 docs = docs if isinstance(docs, datasets.Dataset) else datasets.Dataset.from_list(list(docs))
+        if not isinstance(docs, datasets.Dataset):  # of a custom_dataset, as lm-eval takes it
+            with user_code(self.where, f"the split '{split}' of custom_dataset"):
+                docs = datasets.Dataset.from_list(list(docs))
         if not len(docs):
             after = " after process_docs" if process_docs else ""
             raise DataError(
@@ -144,7 +168,8 @@ class Splits:
             return drawing
         rows = datasets.Dataset.from_list([dict(row) for row in drawing.demonstrations])
         numbers = [row.number for row in drawing.demonstrations]
-        return Drawing(drawing.demonstrations, drawing.source, rows, "demonstrations", numbers, alone=True)
+        source = drawing.source
+        return Drawing(self.where, drawing.demonstrations, source, rows, "demonstrations", numbers, alone=True)
 
     def _draw(self, settings: TaskSettings, listed: Sequence[Mapping[str, Any]] | None) -> Drawing:
         """The demonstrations, and what is evaluated.
@@ -176,12 +201,12 @@ class Splits:
             )
         first = self.fewshot.sampler == "first_n"
         order = list(range(settings.k)) if first else _shuffled(len(pool), settings.seed)
-        demonstrations = _demonstrations(pool, order[: settings.k], _split_name(split, process_docs))
+        demonstrations = self._demonstrations(pool, order[: settings.k], _split_name(split, process_docs))
         return self._all_evaluated(demonstrations, f"split {split}{', the first' if first else ''}")
 
     def _all_evaluated(self, demonstrations: list[Row], source: str) -> Drawing:
         name = _split_name(self.evaluated, self.config.process_docs)
-        return Drawing(demonstrations, source, self._pool, name, range(1, len(self._pool) + 1))
+        return Drawing(self.where, demonstrations, source, self._pool, name, range(1, len(self._pool) + 1))
 
     def _taken_out(self, settings: TaskSettings) -> Drawing:
         """Demonstrations out of the evaluated split, of which the others are evaluated."""
@@ -197,13 +222,17 @@ class Splits:
                 "since the others are evaluated."
             )
         order, name = _shuffled(len(pool), settings.seed), _split_name(split, self.config.process_docs)
-        demonstrations = _demonstrations(pool, order[:k], name)
+        demonstrations = self._demonstrations(pool, order[:k], name)
         numbers = [index + 1 for index in order[k:]]
-        return Drawing(demonstrations, f"split {split}, and not evaluated", pool.select(order[k:]), name, numbers)
+        source = f"split {split}, and not evaluated"
+        return Drawing(self.where, demonstrations, source, pool.select(order[k:]), name, numbers)
 
-
-def _demonstrations(pool: datasets.Dataset, order: Sequence[int], split: str) -> list[Row]:
-    return [Row(pool[index], split, index + 1, number) for number, index in enumerate(order, 1)]
+    def _demonstrations(self, pool: datasets.Dataset, order: Sequence[int], split: str) -> list[Row]:
+        rows = []
+        for number, index in enumerate(order, 1):
+            with _reading(self.where, index + 1, split):
+                rows.append(Row(pool[index], split, index + 1, number))
+        return rows
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean, mean_stderr
 
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness import rows
+from ttt_harness.harness.aggregation import Aggregation
 from ttt_harness.harness.fields import Fields
 from ttt_harness.harness.user_code import Row, shown
 
@@ -44,7 +46,7 @@ class Checked(Protocol):
     def doc_to_choice(self, doc: Row) -> list[str]: ...
     def filter_answers(self, instances: list[Instance]) -> None: ...
     def process_results(self, doc: Row, results: list[Any]) -> dict[str, Any]: ...
-    def aggregation(self) -> dict[str, Any]: ...
+    def aggregation(self) -> Mapping[str, Aggregation]: ...
 
 
 def check_rows(task: Checked, evaluated: Iterable[Row]) -> None:
@@ -126,8 +128,10 @@ def try_scoring(task: Checked) -> None:
         _check_metrics(task, {metric for metric, _ in scores})
         aggregations = task.aggregation()
         for (metric, _), values in scores.items():
-            if metric in aggregations:  # of others lm-eval takes the mean
-                aggregations[metric](values)
+            aggregation = aggregations[metric]
+            aggregation(values)
+            if aggregation.function is mean and len(values) > 1:
+                aggregation.standard_error(values, mean_stderr)
 
 
 def _answered(task: Checked, instances: Sequence[Instance]) -> list[Instance]:

@@ -41,6 +41,9 @@ RESULTS_BYTES = 2**18
 # As long as the date in the names of lm-eval's files.
 DATE = "0000-00-00T00-00-00.000000"
 OTHER_FOLDER = "make room there, or name another folder with --output_path"
+OTHER_TASK = "lm-eval names the file after the task: give the task a shorter name, without '/'"
+# What most file systems take, in bytes.
+LONGEST_NAME = 255
 OTHER_CACHE = "make room there, or name another folder with TTT_CACHE_DIR"
 
 _log = logging.getLogger(__name__)
@@ -130,7 +133,9 @@ def _try_samples(folder: Path, requests: Sequence[Instance]) -> None:
     sizes = _sizes(requests)
     for task in sizes:
         what = f"the samples of {task}"
-        _try_writing(folder, f"samples_{task}_{DATE}.jsonl", 0, what=what, remedy=OTHER_FOLDER)
+        name = f"samples_{task}_{DATE}.jsonl"
+        is_name = "/" not in name and len(os.fsencode(name)) <= LONGEST_NAME
+        _try_writing(folder, name, 0, what=what, remedy=OTHER_FOLDER if is_name else OTHER_TASK)
     what = "the samples of all tasks"
     _try_writing(folder, f"samples_{DATE}.jsonl", sum(sizes.values()), what=what, remedy=OTHER_FOLDER)
 
@@ -159,7 +164,7 @@ def _try_writing(folder: Path, name: str, size: int, *, what: str, remedy: str) 
                 path.unlink()
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
-        raise ResultsError(f"{what} cannot be written to {path.parent} ({reason}); {remedy}.") from error
+        raise ResultsError(f"{what} cannot be written to {folder} ({reason}); {remedy}.") from error
 
 
 def _reserve(file: int, size: int) -> None:

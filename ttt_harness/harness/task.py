@@ -21,7 +21,7 @@ from ttt_harness.data.sequences import permutations
 from ttt_harness.data.support import Chat, Demonstration, SupportSet
 from ttt_harness.errors import ConfigError, DataError
 from ttt_harness.harness import declaration, preflight, rows, selection
-from ttt_harness.harness.aggregation import Aggregation
+from ttt_harness.harness.aggregation import Aggregations
 from ttt_harness.harness.drawing import Drawing, Splits, listed_samples
 from ttt_harness.harness.fields import Fields, is_null
 from ttt_harness.harness.filters import vote
@@ -95,6 +95,8 @@ class TTTTask(ConfigurableTask):
         self._constructed = False
         self._construct(data_dir, cache_dir, download_mode, config)
         declaration.check_metrics(self.where, self._metric_fn_list, config)
+        if self.prompt is None:
+            declaration.check_columns(self.where, config, self.features)
         self._constructed = True
         self._take(self._drawing)
 
@@ -298,7 +300,7 @@ class TTTTask(ConfigurableTask):
                 question, target = pair.turn, pair.answer
             asked[str(question)].add(str(target))
         found = set()
-        for doc in self._drawing.evaluated:
+        for doc in self._drawing.rows():
             try:
                 question = str(self._asked(doc))
                 if question in asked and (target := str(self.doc_to_target(doc))) in asked[question]:
@@ -617,8 +619,7 @@ class TTTTask(ConfigurableTask):
         """As in the base class, but what an aggregation raises is one sentence."""
         if self._scoring.failed:
             return defaultdict(lambda: no_score)
-        functions = super().aggregation().items()
-        return {metric: Aggregation(of, metric, self.where, self._scoring) for metric, of in functions}
+        return Aggregations(super().aggregation(), self.where, self._scoring)
 
 
 def has_support_set(request: Instance) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import datasets.exceptions
 import jinja2
 
 from ttt_harness.errors import DataError, TTTError
@@ -63,7 +64,11 @@ def printable(text: str) -> str:
 
 
 def own_words(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says, without its full stop."""
+    """The kind of an error and the first line of what it says, without its full stop.
+
+    An error that only wraps another, or that comes of a second try to call the same function, is told by the first.
+    """
+    error = _first_cause(error)
     try:
         said = error.message if isinstance(error, jinja2.TemplateError) else str(error)
     except Exception:  # of a user's own class
@@ -72,6 +77,14 @@ def own_words(error: BaseException) -> str:
     line = printable(line)
     line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return _first_cause(error.__cause__)
+    # lm-eval calls a metric in another way after a TypeError, whose cause may be a mistyped argument.
+    again = isinstance(error, TypeError) and isinstance(error.__context__, TypeError) and error.__cause__ is None
+    return _first_cause(error.__context__) if again and error.__context__ is not None else error
 
 
 @contextmanager
@@ -93,7 +106,7 @@ def user_code(task: str, what: str, row: Row | None = None, remedy: str = "") ->
         if task in str(error):
             raise
         raise type(error)(f"{task}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function that exits would end the run without a word
         on, out = "", ""
         if row is not None:
             on, out = f" for {row.place}, {shown(row)}", ", or take the row out of the data"

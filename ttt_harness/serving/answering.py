@@ -29,7 +29,7 @@ from ttt_harness.adapters.user import UserAdapters
 from ttt_harness.config import quoted
 from ttt_harness.errors import ConfigError, DataError, ModelError, TTTError
 from ttt_harness.serving.engine import reason_of, shared_engine
-from ttt_harness.serving.generation import samples
+from ttt_harness.serving.generation import NO_CACHE, samples
 from ttt_harness.serving.sampling import request_seed, sampling_params, vllm_arguments
 
 _log = logging.getLogger(__name__)
@@ -425,10 +425,7 @@ class Answering(vllm_causallms.VLLM):
             ConfigError: there is a cache.
         """
         if cache_hook.dbdict is not None:
-            raise ConfigError(
-                "--use_cache is not allowed with ttt_vllm: lm-eval's cache knows an answer by its prompt, not by the "
-                "adapter that gave it; leave it out (fitted adapters are kept and reused without it)."
-            )
+            raise ConfigError(NO_CACHE)
         super().set_cache_hook(cache_hook)
 
     @property

@@ -12,6 +12,11 @@ from typing import Any
 from ttt_harness.config import quoted
 from ttt_harness.errors import ConfigError
 
+NO_CACHE = (
+    "--use_cache is not allowed with ttt_vllm: lm-eval's cache knows an answer by its prompt, not by the adapter that "
+    "gave it; leave it out (fitted adapters are kept and reused without it)."
+)
+
 _log = logging.getLogger(__name__)
 
 
