@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from lm_eval._cli.run import Run
@@ -452,6 +453,18 @@ def test_the_hub_is_asked_for_what_is_named(monkeypatch, tiny_model):
     assert (given["revision"], given["token"], given["cache_dir"]) == ("v1", "secret", "/models")
     assert "*.py" in given["allow_patterns"]
     assert "revision" not in arguments.engine  # model_dir is that revision
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="vLLM can import all of its models")
+@pytest.mark.parametrize("method", ["ttt", "icl"])
+def test_a_model_of_images_that_vllm_cannot_import_is_refused(method, tiny_model, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(tiny_model, folder)
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma3_text"}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (folder / "config.json").write_text(json.dumps({**config, "vision_config": {"model_type": "siglip_vision_model"}}))
+    with pytest.raises(ModelError, match=r"images and text .*\(No module named 'torchvision'\); install torchvision"):
+        ModelArguments.parse(str(folder), method=method)
 
 
 def test_code_of_the_checkpoints_own_is_asked_for_in_vain(tiny_model, tmp_path):

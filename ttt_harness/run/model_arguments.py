@@ -32,7 +32,7 @@ from ttt_harness.run.memory import (
     plan_memory,
     possible_contexts,
 )
-from ttt_harness.serving.engine import default_engine_args
+from ttt_harness.serving.engine import check_sees_images, default_engine_args
 from ttt_harness.training.model_config import read_config
 from ttt_harness.training.shape import ModelShape
 from ttt_harness.training.weights import check_weights
@@ -168,6 +168,8 @@ class ModelArguments:
             _refuse_with_workers(model_args, workers)
         model_dir = model_directory(pretrained, lm_eval)
         hf_config = read_config(model_dir)
+        if "vision_config" in hf_config:
+            check_sees_images(hf_config.get("architectures"), where=str(model_dir))
         shape = adapters = memory = None
         if config.fits or lm_eval.enable_lora:
             shape = ModelShape.from_config(hf_config, where=str(model_dir))

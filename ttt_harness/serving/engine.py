@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +72,32 @@ def default_engine_args() -> dict[str, Any]:
         # The largest of these; vLLM's 1024 take 20 s to warm up, for no faster answers to the 250 questions of a task.
         args["max_num_seqs"] = 256
     return args
+
+
+def check_sees_images(architectures: Any, *, where: str) -> None:
+    """Check that vLLM can import its class of a model that sees images.
+
+    Many such classes need torchvision. Where that is missing vLLM tells so in its log alone.
+
+    Args:
+        architectures: as `config.json` has them.
+        where: the model, for messages.
+
+    Raises:
+        ModelError: a module is missing.
+    """
+    if find_spec("torchvision") is not None:
+        return
+    for architecture in architectures if isinstance(architectures, list) else ():
+        module = getattr(ModelRegistry.models.get(str(architecture)), "module_name", None)
+        try:
+            if module is not None:
+                import_module(module)
+        except ImportError as error:
+            raise ModelError(
+                f"{where} is a model of images and text ({architecture}), and vLLM cannot import its class here "
+                f"({error}); install torchvision for this build of torch, or use a model of text alone."
+            ) from error
 
 
 class Engine:
