@@ -134,10 +134,16 @@ def _add_report(subparsers: Subparsers) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ttt_harness.report.page.page import build_page
-    from ttt_harness.report.results import find_run, same_run, search_runs
+    from ttt_harness.report.page.tuned import find_tuned
+    from ttt_harness.report.results import find_run, holds_results, same_run, search_runs
 
-    named, remarks = [], []
+    named, remarks, tuned = [], [], []
     for name, path in _named(args.paths):
+        settings, said = find_tuned(path)
+        tuned += settings
+        remarks += said
+        if settings and not holds_results(path):
+            continue
         found, said = search_runs(path)
         named += [(run, name) for run in found]
         remarks += said
@@ -156,6 +162,7 @@ def _report(args: argparse.Namespace) -> int:
         title=args.title,
         metric=args.metric,
         reference=bool(args.reference),
+        tuned=tuned,
     )
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

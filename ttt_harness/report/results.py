@@ -360,6 +360,14 @@ def search_runs(given: str | Path) -> tuple[list[Run], list[str]]:
     return runs, [*remarks, *(f"Left out: {error}" for error in foreign)]
 
 
+def holds_results(given: str | Path) -> bool:
+    """Whether a folder holds a file that is called as lm-eval calls results."""
+    try:
+        return Path(given).is_dir() and bool(results_files(given)[0])
+    except ReportError:
+        return False
+
+
 class ForeignError(ReportError):
     """A file that is JSON, but no results file of lm-eval."""
 

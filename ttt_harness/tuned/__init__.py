@@ -7,6 +7,26 @@
 Runs, reports and the search itself use it; nothing here loads torch.
 """
 
-from ttt_harness.tuned.file import Asked, BaseModel, Candidate, Tuned, newest, read_tuned, tuned_folder, write_tuned
+from ttt_harness.tuned.file import (
+    Asked,
+    BaseModel,
+    Candidate,
+    Tuned,
+    is_tuned,
+    newest,
+    read_tuned,
+    tuned_folder,
+    write_tuned,
+)
 
-__all__ = ["Asked", "BaseModel", "Candidate", "Tuned", "newest", "read_tuned", "tuned_folder", "write_tuned"]
+__all__ = [
+    "Asked",
+    "BaseModel",
+    "Candidate",
+    "Tuned",
+    "is_tuned",
+    "newest",
+    "read_tuned",
+    "tuned_folder",
+    "write_tuned",
+]

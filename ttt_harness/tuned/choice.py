@@ -224,7 +224,7 @@ def _predictions(tuned: Tuned, asked: _Asked, pooled: Candidate) -> dict[str, di
                 own = float(values.mean())
                 reach = _reach(own - pool, variance, len(values), weight, len(found))
                 value = pool + weight * (own - pool)
-                low, high = (value - reach, value + reach) if reach is not None else (None, None)
+                low, high = (max(value - reach, -1.0), min(value + reach, 1.0)) if reach is not None else (None, None)
                 predicted[task][candidate.name] = Prediction(candidate, value, low, high, own, weight)
     return predicted
 

@@ -236,6 +236,15 @@ def read_tuned(path: Path) -> Tuned:
         raise ConfigError(f"{_name(path)} is damaged: {error}") from None
 
 
+def is_tuned(path: Path) -> bool:
+    """Whether a file is, or was meant to be, one of tuned settings."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get("kind") == KIND
+
+
 def write_tuned(tuned: Tuned, path: Path) -> None:
     """Write a file in one step; its folder is made.
 

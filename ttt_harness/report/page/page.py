@@ -31,8 +31,10 @@ from ttt_harness.report.page import figures
 from ttt_harness.report.page.figures import Line, Method
 from ttt_harness.report.page.plots import HeatMap, LinePlot, number, plot_of
 from ttt_harness.report.page.questions import question_columns
+from ttt_harness.report.page.tuned import tuned_figures
 from ttt_harness.report.results import Run
 from ttt_harness.terminal import visible
+from ttt_harness.tuned import Tuned
 
 MOST_CARDS = 4
 
@@ -45,11 +47,13 @@ def build_page(
     title: str | None = None,
     metric: str | None = None,
     reference: bool = False,
+    tuned: Sequence[tuple[str, Tuned]] = (),
 ) -> str:
     """The page's HTML.
 
     names: what to call runs, in place of their methods; runs that have other names are not one method.
     base: the run that the others are compared with; by default the oldest that trained nothing. title: its heading.
+    tuned: the paths and contents of files of tuned settings that are shown beside the runs.
     metric, reference: as in `compare_runs`. Runs that cannot be compared with the base are shown without comparison,
     and a remark says why. Raises ReportError when there is no run, or a results or samples file is damaged.
     """
@@ -116,6 +120,7 @@ def build_page(
         remarks=list(dict.fromkeys(remarks)),
         published=_reference([run for method in methods for run in method.runs.values()], compared),
         sweeps=sweeps,
+        tuned=tuned_figures(tuned, prefix),
         prefix=prefix,
         names=some([method.label for method in methods], 5),
         has_questions=bool(questions["questions"]["id"]),
