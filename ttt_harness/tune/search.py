@@ -5,8 +5,9 @@ What stands there after fewer epochs is not what a fit of so few epochs leads to
 over the first tenth of its own steps and then falls to 0 along a cosine, and here it is still high. So these answers
 only decide what is dropped. Those that count are of fits as a run does them.
 
-The best third, and at least two, go on to the second fold, then half of them with each fold. `full` drops nothing and
-reads nothing off. In-context learning costs no fit, and answers on all folds.
+The best third, and at least two, go on to the second fold, then half of them with each fold. What is left at
+the end is fitted on the first fold as well. `full` drops nothing and reads nothing off. In-context learning costs no
+fit, and answers on all folds.
 """
 
 import math
@@ -117,7 +118,16 @@ class Search:
                     self._try(fold, shared)
             if not self._full:
                 alive = self._best(alive, kept(len(alive), number))
+        for fold in self._folds:
+            for setting in alive:
+                if fold.number == 0 and not self._is_asked(fold, setting):
+                    self._try(fold, Shared((setting,)))
         return self.found
+
+    def _is_asked(self, fold: Fold, setting: Setting) -> bool:
+        """Whether a fit as a run does it has answered what the fold holds out."""
+        answers = self.found.outcomes[fold.task][setting.name]
+        return all(question.asked in answers for question in fold.questions)
 
     def _try(self, fold: Fold, shared: Shared) -> None:
         fitted, found = shared.fitted, self.found
@@ -198,7 +208,7 @@ def planned_epochs(folds: Sequence[Fold], settings: Sequence[Setting], *, full: 
         else:
             total += count * alive * mean
         alive = alive if full else kept(alive, number)
-    return total
+    return total if full else total + counts[0] * alive * mean
 
 
 def _counts(folds: Sequence[Fold]) -> dict[int, int]:
