@@ -103,7 +103,9 @@ def add_includes() -> None:
             if named and not Path(path).exists() and (installed / rest).is_file():
                 path = installed / rest
             try:
-                return load_yaml(path, **options)
+                config = load_yaml(path, **options)
+                _check_head(Path(path), config)
+                return config
             except (Exception, SystemExit) as error:  # of a module that is no module but a script
                 if (refused := _refusal(Path(path), error)) is None:
                     raise
@@ -116,12 +118,28 @@ def add_includes() -> None:
     patches.apply("lm_eval: includes of YAML files", of_lm_eval)
 
 
+def _check_head(path: Path, config: Any) -> None:
+    """Refuse a YAML whose class or name would end lm-eval before the task is made.
+
+    Raises:
+        ConfigError: the class is a text and no function, or the name of one of our tasks is no text.
+    """
+    if not isinstance(config, dict):
+        return
+    kind, name = config.get("class"), config.get("task")
+    if isinstance(kind, str) and kind.startswith("ttt_harness."):
+        raise ConfigError(f"the task in {path} has the class {kind!r} as a text; write class: !function {kind}.")
+    ours = "ttt_harness.TTTTask" in kind if isinstance(kind, str) else getattr(kind, "__name__", "") == "TTTTask"
+    if ours and "task" in config and not isinstance(name, str | list):
+        raise ConfigError(f"the task in {path} has the name {name!r}, which is no text; write it in quotes.")
+
+
 def _refusal(path: Path, error: BaseException) -> TTTError | None:
     """The sentence about a YAML of a TTT task that cannot be read; None for one of another task."""
     if isinstance(error, TTTError):
         return error
     try:
-        ours = "ttt_harness.TTTTask" in path.read_text(encoding="utf-8", errors="replace")
+        ours = "ttt_harness." in path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     if not ours:

@@ -128,6 +128,8 @@ FILTER = "filter_list: [{{name: x, filter: [{}]}}]\n"
         ("metric_list: [{metric: score}]\nprocess_results: !function functions.s\n", "s = len", ["add one, e.g."]),
         (METRIC.format("!function functions.f", "mean"), "def f(**_): raise ValueError('no')", ["scoring", ": no)"]),
         (METRIC.format("exact_match", "!function functions.f"), "def f(x): return x[9]", ["aggregation", "IndexError"]),
+        (METRIC.format("exact_match", "!function functions.f"), "def f(x): return 'ok'", ["gives 'ok'", "no number"]),
+        (METRIC.format("exact_match", "!function functions.f"), "def f(x): return None", ["gives None, and no number"]),
         ("process_results: !function functions.f\n", "def f(d, r): return d['gold']", ["process_results", "'gold'"]),
         ("process_results: !function functions.f\n", "def f(doc, r): return 1.0", ["gives 1.0", "mapping of metrics"]),
         ("process_results: !function functions.f\n", "def f(doc): return {}", ["TypeError", "positional argument"]),
@@ -150,7 +152,7 @@ FILTER = "filter_list: [{{name: x, filter: [{}]}}]\n"
         (METRIC.format("exact_match", "mean").replace("}]", ", ignore_cas: true}]"), "", ["argument 'ignore_cas'"]),
         ("metric_list: [{metric: bleu}, {metric: bleu, aggregation: median}]\n", "", ["bleu twice", "the last alone"]),
         ("process_results: !function functions.f\n", "import numpy\ndef f(d, r): return {'x': numpy.ones(2)}",
-         ["the standard error of the metric x"]),
+         ["the aggregation of the metric x gives array"]),
         ("process_results: !function functions.f\n", "def f(d, r): return {'x': 'yes'}", ["aggregation of the metric"]),
         ("process_results: !function functions.f\n", "def f(d, r): exit()", ["process_results", "SystemExit"]),
         ("process_results: !function functions.f\n", "raise SystemExit(0)", ["cannot be read", "SystemExit"]),
@@ -314,6 +316,23 @@ def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path, name):
     with pytest.raises(TTTError, match="no terminal prints") as raised:
         manager.load([name])
     assert name not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "telling"),
+    [
+        ("class: !function ttt_harness.TTTTask", "class: !function ttt_harness.TTTask", "no function 'TTTask'"),
+        ("class: !function ttt_harness.TTTTask", "class: ttt_harness.TTTTask", "write class: !function"),
+        ("task: mine", "task: 5", "the name 5, which is no text"),
+        ("task: mine", "task: yes", "the name True, which is no text"),
+    ],
+)
+def test_a_head_that_lm_eval_would_fall_over_is_refused(tmp_path, line, instead, telling):
+    folder = write(tmp_path, GENERATE, ROWS)
+    (folder / "mine.yaml").write_text((folder / "mine.yaml").read_text().replace(line, instead))
+    with pytest.raises(TTTError, match=telling) as raised:
+        TaskManager(include_path=str(folder), include_defaults=False).load(["mine"])
+    assert f"{folder}/mine.yaml" in str(raised.value)
 
 
 # D and F: data that does not fit, and values that lm-eval reads as others

@@ -6,6 +6,7 @@ the task's own filters, `process_results` and aggregations.
 """
 
 import copy
+import numbers
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -129,7 +130,9 @@ def try_scoring(task: Checked) -> None:
         aggregations = task.aggregation()
         for (metric, _), values in scores.items():
             aggregation = aggregations[metric]
-            aggregation(values)
+            if not isinstance(score := aggregation(values), numbers.Real):
+                what = f"the aggregation of the metric {metric} gives {shown(score)}"
+                raise DataError(f"{task.where}: {what}, and no number; correct it.")
             if aggregation.function is mean and len(values) > 1:
                 aggregation.standard_error(values, mean_stderr)
 
