@@ -75,7 +75,7 @@ class TTTVLLM(LM):
         self._fits = self.config.fits
         self._base_model: Future[str] = Future()
         if self._fits:
-            self._tell_what_is_left_out()
+            local.tell_what_is_left_out(self.arguments)
             self._base_model = local.in_background(self.arguments.base_model, name="fingerprint")
         self._preflight = Preflight(self.arguments, self.answering, self.store, self._base_model)
         if self._pool is None:
@@ -136,15 +136,8 @@ class TTTVLLM(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to `config` in its results: the settings, and for each task the cost of its stages."""
-        ran: dict[str, Any] = {
-            "model_dir": str(self.arguments.model_dir),
-            "dtype": self.answering.dtype_name,
-            "device": self._local.fit_device(),
-        }
-        if self._fits:
-            assert self.arguments.shape is not None
-            ran |= {"way": self.arguments.shape.way, "left_out": list(self.arguments.shape.left_out)}
         results.answers_are_scored()
+        ran = self._local.what_ran(self.arguments, self.answering.dtype_name)
         packages = ("ttt-harness", "torch", "torchtune", "vllm", "transformers")
         return {
             "ttt": {
@@ -156,16 +149,6 @@ class TTTVLLM(LM):
         }
 
     # The run
-
-    def _tell_what_is_left_out(self) -> None:
-        """Say which of the model's matrices no fit adapts, before anything is loaded."""
-        shape = self.arguments.shape
-        if shape is not None and shape.left_out:
-            _log.warning(
-                "%s gets an adapter on its attention and its dense MLPs only; left out: %s.",
-                self.arguments.model_dir,
-                ", ".join(shape.left_out),
-            )
 
     @property
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 `make_worker` turns model arguments into a worker, here and on the other side of a cluster alike.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -27,6 +28,8 @@ from ttt_harness.training.trainer import Trainer, release_trainer, shared_traine
 from ttt_harness.tuned.arguments import TunedArguments
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def fit_device() -> str:
@@ -60,6 +63,25 @@ def stated_settings(config: TTTConfig, tuned: TunedArguments | None = None) -> d
     unstated |= {name for name in ("adapter", "settings", "choose") if getattr(config, name) is None}
     said = {name: value for name, value in asdict(config).items() if name not in unstated}
     return said if tuned is None else {**said, "setting": tuned.pooled.name}
+
+
+def what_ran(arguments: ModelArguments, dtype: str) -> dict[str, Any]:
+    """The base model, and how and where it is fitted and served, as results state it beside the settings."""
+    ran: dict[str, Any] = {"model_dir": str(arguments.model_dir), "dtype": dtype, "device": fit_device()}
+    if arguments.config.fits:
+        assert arguments.shape is not None
+        ran |= {"way": arguments.shape.way, "left_out": list(arguments.shape.left_out)}
+    return ran
+
+
+def tell_what_is_left_out(arguments: ModelArguments) -> None:
+    """Say which of the base model's matrices no fit adapts."""
+    if arguments.shape is not None and arguments.shape.left_out:
+        _log.warning(
+            "%s gets an adapter on its attention and its dense MLPs only; left out: %s.",
+            arguments.model_dir,
+            ", ".join(arguments.shape.left_out),
+        )
 
 
 def stages_of(memory: MemoryPlan | None) -> Stages:
