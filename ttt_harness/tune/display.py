@@ -12,6 +12,7 @@ from ttt_harness.tune.prepare import Prepared
 from ttt_harness.tune.search import Found
 from ttt_harness.tuned import Candidate, Tuned
 from ttt_harness.tuned.choice import Choice, Row, choose
+from ttt_harness.tuned.file import TUNABLE
 
 
 def print_found(
@@ -35,8 +36,10 @@ def print_found(
     print("For a run with one setting for all tasks:")
     print(visible(f"  --model_args {model_args_text(given, choice.pooled)}"))
     print("The same, with this file; and each task with its own setting:")
-    print(visible(f"  --model_args pretrained=...,settings={path}"))
-    print(visible(f"  --model_args pretrained=...,settings={path},choose=task"))
+    others = {name: value for name, value in given.items() if name not in TUNABLE}  # a run takes those from the file
+    stated = ",".join(f"{name}={value_text(value)}" for name, value in {**others, "settings": path}.items())
+    print(visible(f"  --model_args {stated}"))
+    print(visible(f"  --model_args {stated},choose=task"))
     sys.stdout.flush()
 
 
