@@ -252,6 +252,22 @@ class TaskSettings(_Settings):
     generation_budget: str = field(default="full", metadata=_one_of(GENERATION_BUDGETS))
     overlap: str = field(default="refuse", metadata=_one_of(OVERLAP))
 
+    @classmethod
+    def refuse_misspelt(cls, metadata: Mapping[str, Any]) -> None:
+        """Refuse a key that is nearly the name of a setting. Metadata may hold whatever else a task likes.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        for key in metadata:
+            if isinstance(key, str) and key not in cls.names():
+                near = difflib.get_close_matches(key.lower().replace("-", "_"), cls.names(), n=1, cutoff=0.85)
+                if near:
+                    raise ConfigError(
+                        f"{key} is no metadata key, and would change nothing; write {near[0]}, or another name for "
+                        "something of your own."
+                    )
+
 
 @dataclass(frozen=True)
 class LMEvalSettings(_Settings):

@@ -268,10 +268,14 @@ KINDS = "output_type: multiple_choice\ndoc_to_choice: [x, y]\n"
         (HEAD + TEST.replace("{data", "{streaming: true, data"), {}, ["is streamed"]),
         (HEAD + TEST.replace("{data", "{split: test, data"), {}, ["one Dataset and not several splits"]),
         (HEAD + TEST + KINDS, {"vote_permutations": 3}, ["vote_permutations=3"]),
+        (HEAD + TEST, {"vote_permutation": 3}, ["vote_permutation is no metadata key", "write vote_permutations"]),
+        (HEAD + TEST + "metadata: {leave-one-out: true}\n", {}, ["leave-one-out is no", "write leave_one_out"]),
+        (HEAD.replace("parquet", "json") + TEST.replace("test.parquet", "empty.jsonl"), {}, ["it has no rows"]),
     ],
 )  # fmt: skip
 def test_a_bad_task_is_refused_in_one_sentence_that_names_the_file(tmp_path, text, metadata, telling):
     (tmp_path / "mine.py").write_text("def drop(docs):\n    return docs.select([])\n", encoding="utf-8")
+    (tmp_path / "empty.jsonl").touch()
     folder = write(tmp_path, text, train=rows(0, 30), test=rows(40, 60))
     with pytest.raises(TTTError) as refusal:
         load("mine", folder, **metadata)
@@ -281,6 +285,13 @@ def test_a_bad_task_is_refused_in_one_sentence_that_names_the_file(tmp_path, tex
         assert words in message
     assert "\n" not in message
     assert str(pickle.loads(pickle.dumps(refusal.value))) == message
+
+
+def test_metadata_may_hold_keys_of_ones_own_and_tokens_may_be_numbers(tmp_path):
+    text = HEAD + TEST + "metadata: {author: me, seeded: no}\ngeneration_kwargs: {logit_bias: {5: 1.0}}\n"
+    task = load("mine", write(tmp_path, text, train=rows(0, 30), test=rows(40, 60)))
+    task.build_all_requests()
+    assert task.instances[0].args[1]["logit_bias"] == {5: 1.0}
 
 
 def test_overlapping_demonstrations_may_be_allowed(tmp_path):

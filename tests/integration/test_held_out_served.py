@@ -51,7 +51,7 @@ def served(asker, fold, question, adapter):
     others = [place for place in range(8) if place not in held_out]
     place, number = question.asked.demonstration, question.asked.order
     order = orders(others, 2, seed=42, held_out=place)[number]
-    instances = asker._instances(place, order)
+    instances = asker.requests(place, order)
     doc, kind = instances[0].doc, instances[0].request_type
     answers = asker.answering.answer(kind, instances, adapter)
     if kind == "loglikelihood":

@@ -27,6 +27,8 @@ from ttt_harness.terminal import visible
 # Besides the fields of TaskConfig: what lm-eval itself takes out of a YAML.
 STRUCTURE_KEYS = ("class", "group", "include", "tag", "task_list")
 SAMPLERS = ("default", "first_n")
+# Mappings whose keys are numbers: of tokens.
+NUMBERED = ("generation_kwargs.logit_bias",)
 # Of one key, written out. Listed samples of long texts are a few hundred.
 MOST_VALUES = 100_000
 
@@ -276,7 +278,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
 def _check_texts_as_keys(task: str, value: Any, path: str = "") -> None:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) and path not in NUMBERED:
                 raise ConfigError(
                     f"{task}: the key {shown(key)}{f' in {path}' if path else ''} is no text; keys are names, and YAML "
                     "takes numbers and words such as no or on for other things: write it in quotes."

@@ -135,6 +135,7 @@ class TTTTask(ConfigurableTask):
     def _settle(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> TaskSettings:
         """The settings that the YAML and the command line make; notes where k and the seed come from."""
         with user_code(self.where, "its metadata"):
+            TaskSettings.refuse_misspelt(metadata)
             settings = TaskSettings.from_mapping(metadata)
         self._origins = {
             key: "the command line" if key in self._stated else "the metadata" if key in metadata else "the default"
@@ -267,8 +268,10 @@ class TTTTask(ConfigurableTask):
             super().download(dataset_kwargs, **kwargs)
         # The failures of `datasets` and the hub's client share no base class: no file, a damaged one, no network.
         except Exception as error:
+            why = own_words(error)
+            why = "it has no rows" if why == "StopIteration" else why
             raise DataError(
-                f"{self.where}: the data set {printable(path)} could not be loaded ({own_words(error)}); check "
+                f"{self.where}: the data set {printable(path)} could not be loaded ({why}); check "
                 "dataset_path, dataset_name and dataset_kwargs, and for the hub's data the network."
             ) from error
 

@@ -33,7 +33,7 @@ FILE = "tuned.json"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Options:
     """What a command line asks for, checked.
 
     call: of lm-eval.
@@ -94,7 +94,7 @@ def tune(
     return 0
 
 
-def _search(asked: Asked, first: Loaded, prepared: Sequence[Prepared], root: Path) -> Found:
+def _search(asked: Options, first: Loaded, prepared: Sequence[Prepared], root: Path) -> Found:
     log = SearchLog(root)
     folds = [fold for one in prepared for fold in one.folds]
     fitting = [setting for setting in asked.settings if setting.fits]
@@ -103,7 +103,7 @@ def _search(asked: Asked, first: Loaded, prepared: Sequence[Prepared], root: Pat
         return search.run()
 
 
-def _tuned(asked: Asked, first: Loaded, found: Found) -> Tuned:
+def _tuned(asked: Options, first: Loaded, found: Found) -> Tuned:
     lm = first.lm
     candidates = [
         Candidate(setting.name, dict(setting.model_args), found.fit_seconds(setting)) for setting in asked.settings
@@ -136,7 +136,7 @@ def _checked(
     full: bool,
     file: dict[str, Any],
     options: Sequence[str],
-) -> Asked:
+) -> Options:
     """Check a command line before anything is loaded.
 
     Raises:
@@ -152,7 +152,7 @@ def _checked(
     _check_call(call)
     axes = grid if grid else _axes_of(file.get("grid"))
     settings = settings_of({**call["model_args"], "k": _k(call)}, axes)
-    return Asked(call, settings, numbers, folds, orders, sample_tasks, full)
+    return Options(call, settings, numbers, folds, orders, sample_tasks, full)
 
 
 def _axes_of(given: Any) -> list[str] | None:
@@ -203,14 +203,14 @@ def _check_call(call: Call) -> None:
         call.pop(option, None)
 
 
-def _call_of(asked: Asked, seed: int) -> Call:
+def _call_of(asked: Options, seed: int) -> Call:
     """lm-eval's call for the demonstrations of a seed; the model has room for the largest rank."""
     rank = max(setting.config.lora_rank for setting in asked.settings)
     model_args = {**asked.call["model_args"], "lora_rank": rank, "seed": seed}
     return {**asked.call, "model": "ttt_vllm", "model_args": model_args, "output_path": None, "log_samples": False}
 
 
-def _sampled(names: list[str], asked: Asked) -> list[str]:
+def _sampled(names: list[str], asked: Options) -> list[str]:
     """The tasks to search on: all, or a sample drawn with the first seed, in the tasks' own order."""
     if asked.sample_tasks is None or asked.sample_tasks >= len(names):
         return names
@@ -218,7 +218,7 @@ def _sampled(names: list[str], asked: Asked) -> list[str]:
     return [name for name in names if name in drawn]
 
 
-def _folder(asked: Asked, first: Loaded, tasks: Sequence[str]) -> Path:
+def _folder(asked: Options, first: Loaded, tasks: Sequence[str]) -> Path:
     """Where the log and the file go: --output_path, or a folder in the cache that the same command finds again."""
     given = Path(asked.call["output_path"])
     if given != tuned_folder():

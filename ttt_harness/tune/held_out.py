@@ -89,12 +89,12 @@ class Asker:
             DataError: it cannot be asked as a question.
             ConfigError: the task's scores do not say whether an answer is right.
         """
-        instances = self._instances(asked.demonstration, order)
+        instances = self.requests(asked.demonstration, order)
         if self.task.OUTPUT_TYPE == "generate_until":
             return self._generated(asked, order, instances[0])
         return self._chosen(asked, instances)
 
-    def _instances(self, held_out: int, order: Sequence[int]) -> "list[Instance]":
+    def requests(self, held_out: int, order: Sequence[int]) -> "list[Instance]":
         """lm-eval's requests for a demonstration, after the others in this order."""
         documents = self.task.fewshot_docs()
         document = copy.deepcopy(documents[held_out])
