@@ -158,3 +158,10 @@ def test_a_setting_that_diverges_is_wrong_and_is_told(tmp_path):
 def test_how_many_go_on():
     assert [kept(9, 0), kept(3, 1), kept(2, 2), kept(1, 3)] == [3, 2, 1, 1]
     assert [kept(2, 0), kept(1, 0), kept(3, 0)] == [2, 1, 2]
+
+
+def test_a_file_lists_points_or_axes_and_the_command_line_goes_before_it():
+    pairs = [{"lr": 1e-4, "epochs": 1}, {"lr": 1e-3, "epochs": 3}]
+    assert [one.name for one in settings_of({}, None, pairs)] == ["icl", "lr=1e-4, epochs=1", "lr=1e-3, epochs=3"]
+    assert [one.name for one in settings_of({}, None, {"lr": [1e-4, 1e-3]})] == ["icl", "lr=1e-4", "lr=1e-3"]
+    assert [one.name for one in settings_of({}, ["lr=3e-4"], pairs)] == ["icl", "lr=3e-4"]

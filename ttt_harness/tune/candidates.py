@@ -44,19 +44,21 @@ class Setting:
         return replace(self.config, epochs=0)
 
 
-def settings_of(model_args: Mapping[str, Any], grid: Sequence[str] | None) -> list[Setting]:
+def settings_of(model_args: Mapping[str, Any], grid: Sequence[str] | None, file: Any = None) -> list[Setting]:
     """In-context learning, then the points of the grid in its order.
 
     Args:
         model_args: of `ttt_vllm`; the arguments of fits among them hold for all points.
-        grid: `axis=value,value` as given to each --grid; None for `DEFAULT_GRID`.
+        grid, file: axes with values, or a list of points, as `ttt_harness.sweep.axes.parse_points` reads them from the
+            command line and from a file; without both, `DEFAULT_GRID`.
 
     Raises:
         ConfigError: the method is not one whose settings can be found so, or a value is not allowed.
     """
     base = TTTConfig.from_mapping(model_args)
     _check_method(base)
-    points = parse_points(list(grid or DEFAULT_GRID), None)
+    default = not grid and file is None
+    points = parse_points(DEFAULT_GRID if default else grid, file)
     for axis in dict.fromkeys(axis for point in points for axis in point):
         if axis not in FIT_AXES:
             raise ConfigError(
@@ -64,7 +66,7 @@ def settings_of(model_args: Mapping[str, Any], grid: Sequence[str] | None) -> li
                 f"choose the axes of --grid from {', '.join(FIT_AXES)}."
             )
         if axis in model_args:
-            if not grid:  # the default gives way
+            if default:  # it gives way
                 points = [{name: value for name, value in point.items() if name != axis} for point in points]
                 continue
             raise ConfigError(f"{axis} stands in --model_args and is an axis of the grid; keep one of them.")

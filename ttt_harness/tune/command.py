@@ -150,21 +150,8 @@ def _checked(
     numbers = parse_seeds(seeds if seeds is not None else file.get("seeds", 42))
     call = parse_call({"output_path": str(tuned_folder()), **file}, options)
     _check_call(call)
-    axes = grid if grid else _axes_of(file.get("grid"))
-    settings = settings_of({**call["model_args"], "k": _k(call)}, axes)
+    settings = settings_of({**call["model_args"], "k": _k(call)}, grid, file.get("grid"))
     return Options(call, settings, numbers, folds, orders, sample_tasks, full)
-
-
-def _axes_of(given: Any) -> list[str] | None:
-    """The axes of a file's grid as the command line writes them."""
-    if given is None:
-        return None
-    if not isinstance(given, dict) or not given:
-        raise ConfigError(
-            f"grid: {str(given)[:60]} is not allowed: write axes with values, as in {{lr: [1e-4, 3e-4]}}."
-        )
-    listed = {axis: values if isinstance(values, list) else [values] for axis, values in given.items()}
-    return [f"{axis}={','.join(map(str, values))}" for axis, values in listed.items()]
 
 
 def _k(call: Call) -> int:
