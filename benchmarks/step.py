@@ -52,7 +52,7 @@ def measure(
         ways: some of `WAYS`.
         tokens: lengths of sequences.
         sequences: in a step.
-        steps: of each process, of which the first two are not counted.
+        steps: of each process; the first is not counted, and of this project's trainer the first two are not.
         runs: processes of each way and length.
         rank: of the adapter.
         machine: `device` and `dtype`, as `benchmarks.machine` finds them.
