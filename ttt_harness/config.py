@@ -1,9 +1,9 @@
 """The settings of a run: three frozen dataclasses, checked at construction, in which every default stands once.
 
-`TTTConfig` holds the model arguments of `ttt_vllm` (how an adapter is fitted), `TaskSettings` the metadata keys of a
-task (which demonstrations, which prompts), `LMEvalSettings` the arguments of lm-eval's `vllm` class that may stand
-beside ours. They are built with `from_mapping`, which takes what lm-eval's parser made
-of the command line. Components take flat values from here, never these objects.
+`TTTConfig` holds this package's model arguments of `ttt_vllm` (how an adapter is fitted), `TaskSettings` the metadata
+keys of a task (which demonstrations, which prompts), and `LMEvalSettings` the arguments of lm-eval's `vllm` class.
+`from_mapping` builds them from the output of lm-eval's parser. Components take flat values from here, never these
+objects.
 """
 
 import difflib
@@ -141,7 +141,8 @@ class TTTConfig(_Settings):
 
     `num_permutations`, `fit_batch_size`, `epochs` and `lr` default to the method's published values
     (`ttt_harness.methods`), with `shuffle=False` to those of the study's runs without shuffling. The rest of the
-    defaults are the published hyperparameters of the `ttt` method.
+    defaults are the published hyperparameters of the `ttt` method. With `settings`, hyperparameters come from a
+    `tuned.json` (`ttt_harness.tuned`); with `adapter`, nothing is fitted.
 
     Raises:
         ConfigError: a value that is not allowed; the message says which are.

@@ -1,6 +1,6 @@
-"""What lm-eval makes of a call before it evaluates: the model class, and the tasks with the call's options applied.
+"""Loads the model class and the tasks of a call of lm-eval, with the call's options applied, without evaluating.
 
-lm-eval itself loads them, as for a run. Where it would evaluate, it is stopped.
+lm-eval itself loads them, as for a run, and is stopped where it would evaluate. `fit` and `tune` use this.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What lm-eval has made of a call: the model class, the tasks by their names, and how prompts are made."""
+    """The model, the tasks by their names, and how prompts are made, as lm-eval has loaded them for a call."""
 
     lm: "TTTVLLM"
     tasks: Mapping[str, Any]
@@ -83,7 +83,7 @@ def _instead_of_evaluating(
     fewshot_as_multiturn: bool = False,
     **_: Any,
 ) -> NoReturn:
-    """Stands where lm-eval's function of the same arguments would ask and score.
+    """Replaces lm-eval's function of the same arguments, which would ask and score.
 
     Raises:
         _Stopped: always.

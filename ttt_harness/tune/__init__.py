@@ -1,15 +1,15 @@
-"""Which settings suit a model, found from demonstrations alone: `ttt-harness tune`.
+"""`ttt-harness tune`: finds settings that suit a model from demonstrations alone.
 
     candidates.py   the settings to try: in-context learning, and the points of a grid
-    loading.py      lm-eval's own options -> its tasks, without anything that they evaluate
-    folds.py        the demonstrations, each held out once
-    held_out.py     a held-out demonstration as a question, and whether a model answers it rightly
+    loading.py      loads the tasks of a call with their demonstrations, without evaluated rows
+    folds.py        splits the demonstrations into folds, and draws the orders of the others
+    held_out.py     asks a held-out demonstration, and judges the answer from one forward pass
     prepare.py      a task's folds, with questions and training sequences
-    fitting.py      one fit on a fold, and the answers to what it holds out
-    log.py          what is done, so that a search that was stopped goes on
-    search.py       which fits are done: all settings on the first fold, fewer and fewer on the others
-    display.py      the table, the gains of each task, and what to do with them
-    command.py      `ttt-harness tune`
+    fitting.py      fits on a fold, and answers the questions that it holds out
+    log.py          the finished fits on disk, so that a stopped search can be resumed
+    search.py       decides which fits are done: all settings on the first fold, fewer on each further fold
+    display.py      prints the settings, the predicted gains and the arguments of a run
+    command.py      from a command line to `tuned.json`
 
-What is found is a `ttt_harness.tuned.Tuned`. README.md beside them is the guide.
+The result is a `ttt_harness.tuned.Tuned`. README.md beside these files is the guide.
 """

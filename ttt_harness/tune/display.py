@@ -1,4 +1,4 @@
-"""What a search prints: a table of settings, the gain that each task can expect, and what to do with them."""
+"""Prints the result of a search: the settings, the predicted gain of each task, and the arguments for a run."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One fit on a fold, and the answers to what it holds out; the fit is stored nowhere."""
+"""Fits an adapter on a fold and answers the questions that the fold holds out; the adapter is not stored."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

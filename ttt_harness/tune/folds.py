@@ -1,4 +1,4 @@
-"""Which demonstrations are held out together, and in which orders the others stand before them."""
+"""Splits demonstrations into folds, and draws the orders in which the others stand in the prompt."""
 
 import random
 from collections.abc import Hashable, Sequence

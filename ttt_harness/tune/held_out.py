@@ -1,14 +1,15 @@
-"""A held-out demonstration as a question, and whether a model answers it rightly.
+"""Asks a held-out demonstration as a question, and judges whether the model's answer is right.
 
-lm-eval's own task makes the prompt and the requests, with the other demonstrations before the question, as it does for
-an evaluated one. The model is not asked to generate. One forward pass over the prompt and the right answer tells the
-likeliest token in each place of the answer:
+lm-eval's own task makes the prompt and the requests, with the other demonstrations before the question, as for an
+evaluated question. The model does not generate. One forward pass over the prompt and the right answer gives the
+likeliest token at each position of the answer:
 
-- `generate_until`: greedy decoding gives the demonstration's own tokens up to the first place where another one is
-  likelier, and that one. So the beginning of its answer is known. It is right if the answer ends in it (at a stop
-  sequence, an end token or the budget) or goes on behind the right one, and if the task's filters make the same of it
-  as of the right answer. With a filter that reads the first word, what comes after the answer does not matter; without
-  one, the answer has to stop where it should. An answer that is right in other tokens or other words counts as wrong.
+- `generate_until`: greedy decoding follows the right answer up to the first position where another token is likelier,
+  and writes that token. So the beginning of its output is known. The output is right if the known part contains its end
+  (a stop sequence, an end token or the budget) or extends beyond the right answer, and if the task's filters turn it
+  into the same result as the right answer. If a filter reads only the first word, later text does not matter; without
+  such a filter the output must stop where it should. An answer that is right in other tokens or other words counts as
+  wrong.
 - `multiple_choice` and `loglikelihood`: the log-likelihoods of the choices go through the task's own scoring.
 """
 

@@ -1,4 +1,4 @@
-"""lm-eval's own options to its tasks: what a run with these options would learn from, and nothing that it evaluates."""
+"""Loads the tasks of a call with the demonstrations that a run would fit on, and without any evaluated row."""
 
 from ttt_harness.errors import DataError
 from ttt_harness.sweep.grid import Call

@@ -1,8 +1,8 @@
-"""The log of a search: a line for each fit that is done, so that a search that was stopped or killed goes on.
+"""The log of a search: a line for each finished fit, so that a search that was stopped or killed can be resumed.
 
     search.jsonl   {"key": ..., "task": ..., "seed": 42, "fold": 0, "setting": ..., "outcomes": ..., "seconds": ...}
 
-A line counts for whatever search asks for the same again: its key is the hash of all that determines what came of it.
+Any search with the same fit reuses the line: its key is the hash of everything that determines the outcomes.
 """
 
 import json

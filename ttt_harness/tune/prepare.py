@@ -1,4 +1,4 @@
-"""A loaded task to folds: its questions and its training sequences, all of them before anything is fitted."""
+"""Makes the folds of a loaded task, with all questions and training sequences, before anything is fitted."""
 
 import statistics
 from collections.abc import Sequence

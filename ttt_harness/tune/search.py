@@ -1,13 +1,13 @@
-"""Which fits a search does: every setting on the first fold, and on each further fold those that did best so far.
+"""Decides which fits a search does: every setting on the first fold, and on each further fold the best so far.
 
-On the first fold, settings that only differ in their epochs are read off one fit, with as many epochs as any of them.
-What stands there after fewer epochs is not what a fit of so few epochs leads to: the learning rate of a fit warms up
-over the first tenth of its own steps and then falls to 0 along a cosine, and here it is still high. So these answers
-only decide what is dropped. Those that count are of fits as a run does them.
+On the first fold, settings that differ only in `epochs` share one fit, the longest, and are scored after their number
+of epochs. Such a score is not that of a shorter fit: the learning rate warms up over the first tenth of the steps and
+falls to 0 along a cosine, so in the longer fit it is still high at that point. These scores only decide which settings
+are dropped; outcomes come from fits as a run does them.
 
-The best third, and at least two, go on to the second fold, then half of them with each fold. What is left at
-the end is fitted on the first fold as well. `full` drops nothing and reads nothing off. In-context learning costs no
-fit, and answers on all folds.
+The best third of the settings, and at least two, go on to the second fold; after each further fold the better half goes
+on. Settings that are left at the end are fitted on the first fold too. With `full`, no setting is dropped and none
+shares a fit. In-context learning needs no fit, and answers on all folds.
 """
 
 import math

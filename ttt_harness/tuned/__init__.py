@@ -1,10 +1,10 @@
-"""Settings that a search on demonstrations has compared: `tuned.json`, and what is chosen from it.
+"""Tuned settings: the file `tuned.json` that a search writes, and the choice of a setting from it.
 
-    file.py        the shape of the file: whether each candidate answered each held-out demonstration
-    choice.py      the setting for all tasks, and the one of each task, with what they are predicted to gain
-    arguments.py   what settings= and choose= among the model arguments come to
+    file.py        `Tuned`, the content of the file: right or wrong for each candidate and held-out demonstration
+    choice.py      chooses one setting for all tasks, and one for each task with its predicted gain
+    arguments.py   turns the model arguments settings= and choose= into explicit ones
 
-Runs, reports and the search itself use it; nothing here loads torch.
+Used by runs, by reports and by the search (`ttt_harness.tune`). Nothing here loads torch.
 """
 
 from ttt_harness.tuned.file import (

@@ -1,10 +1,10 @@
-"""What `settings=` and `choose=` among the model arguments come to: the explicit arguments of each task.
+"""Turns the model arguments `settings=` and `choose=` into explicit arguments for each task.
 
     settings=PATH    a tuned.json, or a folder that holds one
-    choose=all       the setting that is best over all tasks, for all of them; the default
-    choose=task      each task's own, in-context learning among them
+    choose=all       one setting for all tasks, the best over them; the default
+    choose=task      each task's own setting, which may be in-context learning
 
-A task that the file does not hold has the setting for all tasks.
+A task that the file does not hold gets the setting for all tasks.
 """
 
 from collections.abc import Mapping

@@ -1,22 +1,22 @@
-"""Which setting to use: one for all tasks, or one for each, chosen from the outcomes on held-out demonstrations.
+"""Chooses a setting, for all tasks or for each task, from the outcomes on held-out demonstrations.
 
-A candidate is compared with in-context learning on the demonstrations that both were asked, and the orders in which one
-demonstration was asked count as one observation: their mean. Shares lie from 0 to 1, differences from -1 to 1.
+A candidate is compared with in-context learning on the demonstrations that both were asked. The orders in which one
+demonstration was asked count as one observation, their mean. Shares lie from 0 to 1, differences from -1 to 1.
 
-**One setting for all tasks** is the one with the best mean over tasks of held-out accuracy. Whether it is better than
-in-context learning is told by t tests with the variance pooled within tasks, corrected for the number of candidates
-(Holm).
+**The setting for all tasks** has the best held-out accuracy, as the mean over tasks. Candidates that were asked less
+are compared on the demonstrations that both were asked. t tests with the variance pooled within tasks, corrected for
+the number of candidates (Holm), tell whether it is better than in-context learning.
 
-**A setting for each task** has the best *predicted* difference from in-context learning in that task, where in-context
-learning itself has 0. Ten demonstrations tell little about a task alone, so its own difference d is shrunk towards the
-mean m of all tasks (empirical Bayes; Morris, JASA 78 (1983) 47):
+**The setting of a task** has the best *predicted* difference from in-context learning in that task; in-context learning
+itself has 0. Ten demonstrations tell little about one task. So the task's own difference d is shrunk towards the mean m
+of all tasks (empirical Bayes; Morris, JASA 78 (1983) 47):
 
     predicted = m + w (d - m),    w = T / (T + v / n)
 
-v is the sampling variance of one demonstration's difference, n their number, and T the variance between tasks, by
-moments: the variance of the tasks' d less what sampling alone would give it, and at least 0. One w is estimated for all
-candidates together, since the variance of a handful of tasks tells little about one of them; with one w for all, it
-makes no difference to which candidate the differences are taken. With fewer than four tasks w is 0.
+v is the sampling variance of one demonstration's difference, and n the number of demonstrations. T is the variance
+between tasks, estimated by moments: the variance of the tasks' d, less the part that sampling alone would give, and at
+least 0. A handful of tasks tells little about the variance of one candidate, so T and v are means over the candidates.
+With fewer than four tasks, w is 0.
 """
 
 import math
