@@ -39,7 +39,7 @@ While a program serves an adapter it keeps it from being pruned:
     >>> store.remove(entry.key)
     True
 
-`ttt-harness adapters` is the same for the command line (README.md beside this file).
+`ttt-harness adapters` is the same on the command line; README.md beside this file is the guide.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""More than one GPU: the workers of a run in Ray's processes, on this machine or others. README.md is the guide.
+"""Several GPUs: the workers of a run as Ray processes, on this machine or others. README.md is the guide.
 
 session.py        the Ray cluster of a run
 pool.py           the driver's side of a run on several workers

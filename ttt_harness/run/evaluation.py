@@ -1,4 +1,4 @@
-"""One call of lm-eval's: groups of requests in, their answers and records out."""
+"""Runs one call of lm-eval: takes groups of requests, returns their answers and records."""
 
 import dataclasses
 from collections import Counter

@@ -1,7 +1,7 @@
-"""Drives a run: hands the pieces of the schedule to workers that are free, and takes in what comes of them.
+"""Drives a run: hands the pieces of the schedule to free workers, and collects their results.
 
 The executor is the same for one worker in this process (`local.LocalCrew`) and for many elsewhere
-(`ttt_harness.cluster.pool.PoolCrew`). How a worker's two stages share its device is said by `Stages`: on a GPU with
+(`ttt_harness.cluster.pool.PoolCrew`). `Stages` says how a worker's two stages share its device: on a GPU with
 room for both, a worker fits the next task while its engine answers the last.
 """
 

@@ -1,7 +1,7 @@
-"""From requests to groups: what is asked together, what has to be fitted for it, and under which key.
+"""Sorts requests into groups: what is asked together, what is fitted for it, and under which key.
 
-A group is the requests of one task. `group_by_task` makes them; `Preparation` gives those that are to be answered with
-an adapter their training sequences and the adapter's key.
+A group holds the requests of one task. `group_by_task` makes the groups. `Preparation` adds the training sequences and
+the adapter's key to the groups that are answered with an adapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence

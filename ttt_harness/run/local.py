@@ -1,6 +1,6 @@
-"""The worker of this process: how it is made, and the crew that it is alone.
+"""The worker of this process, and the crew that consists of it alone.
 
-`make_worker` turns model arguments into a worker, here and on the other side of a cluster alike.
+`make_worker` turns model arguments into a worker, in this process and in the processes of a cluster.
 """
 
 import logging

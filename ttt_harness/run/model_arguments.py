@@ -1,8 +1,8 @@
-"""`ModelArguments`: what `--model_args` say, checked once, before lm-eval, vLLM or torchtune get to see any of it.
+"""`ModelArguments`: the arguments of `--model_args`, checked once, before lm-eval, vLLM or torchtune see any of them.
 
-The arguments are those of three: this package's settings (`TTTConfig`), lm-eval's `vllm` class and vLLM's engine.
-`ModelArguments.parse` sorts them, finds the model directory, and adds what vLLM has to be told because adapters are
-fitted and served.
+The arguments belong to this package (`TTTConfig`), to lm-eval's `vllm` class or to vLLM's engine.
+`ModelArguments.parse` sorts them, finds the model directory, replaces `settings=` with what it stands for, and adds the
+engine arguments that fitted adapters need.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""What a worker is asked to do, and what it gives back. Plain data, which travels to other processes and machines."""
+"""What a worker is asked to do, and what it returns: plain data that is sent to other processes and machines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What is found out before anything is loaded: whether requests can be asked, and their adapters fitted and stored."""
+"""Checks before anything is loaded: can the requests be asked, and can their adapters be fitted and stored?"""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence

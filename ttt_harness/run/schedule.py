@@ -1,9 +1,9 @@
-"""Which piece of the work a worker does next: the longest fit first, the last tasks' questions shared.
+"""Decides which piece of the work a worker does next: the longest fit first, the last tasks' questions shared.
 
 A run is a set of fits, each of one adapter, and the tasks whose questions are answered with these adapters. A task can
-be answered once its adapter is fitted, best by the worker that has fitted it. As long as fits wait, a task's questions
-stay in one piece; once none do, they are cut into parts that idle workers share. `Schedule` keeps no time itself, so
-that `simulate` can ask it what a real run asks it.
+be answered once its adapter is fitted, best by the worker that has fitted it. While fits are waiting, a task's
+questions stay in one piece. When none are waiting, they are cut into parts that idle workers share. `Schedule` keeps no
+time itself, so that `simulate` can use it in the same way as a run.
 """
 
 import heapq

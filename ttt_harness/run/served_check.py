@@ -1,13 +1,13 @@
-"""Whether vLLM serves the adapter that was trained: log-probabilities of the trainer beside those of the engine.
+"""Checks that vLLM serves the adapter that was trained: compares log-probabilities of the trainer and the engine.
 
 Both give the log-probabilities of the same tokens of one training sequence, with the adapter and from the base model
 alone: the trainer by `Trainer.log_probabilities`, the engine as prompt log-probabilities. `compare_served` says whether
 they agree.
 
-What can be told depends on the dtype. Two programs that compute one model in bfloat16 differ by some hundredths, and
-so does the fault of a small part of an adapter (the rows of one projection permuted, say), which then shows in float32
-only. An adapter that is not applied, of another model, or scaled wrongly shows in every dtype, once it moves the
-log-probabilities by more than that.
+The dtype limits what the check can find. Two programs that compute one model in bfloat16 differ by some hundredths. An
+error in a small part of an adapter, such as permuted rows of one projection, is of that size, and shows in float32
+only. An adapter that is not applied, belongs to another model, or is scaled wrongly shows in every dtype, once it moves
+the log-probabilities by more than that.
 """
 
 import math

@@ -13,6 +13,8 @@
     queue.py          what SLURM knows of these jobs
     status.py         what has become of the cells
     command.py        `ttt-harness sweep`
+    loading.py        the model and the tasks of a call, without evaluating: for `fit` and `tune`
+    fit.py            `ttt-harness fit`
 
-README.md beside them is the guide.
+README.md beside these files is the guide.
 """

@@ -1,4 +1,4 @@
-"""The settings that a search tries: in-context learning, and a method that fits at each point of a grid."""
+"""The settings that a search tries: in-context learning, and the fitting method at each point of a grid."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

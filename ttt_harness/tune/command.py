@@ -1,4 +1,4 @@
-"""What `ttt-harness tune` runs: from a command line to `tuned.json`."""
+"""The command `ttt-harness tune`: checks a command line, searches, prints the result and writes `tuned.json`."""
 
 import random
 import re
