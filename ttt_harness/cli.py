@@ -204,14 +204,12 @@ def _add_sweep(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_sweep, passes_options=True)
 
 
-def _add_grid(parser: argparse.ArgumentParser) -> None:
+def _add_grid(parser: argparse.ArgumentParser, *, keys: str = "methods, seeds, grid") -> None:
     parser.add_argument(
         "--grid", action="append", metavar="AXIS=VALUES",
         help="an axis and its values, e.g. lr=1e-4,3e-4; given again for another one",
     )  # fmt: skip
-    parser.add_argument(
-        "--config", "-C", type=Path, metavar="FILE", help="YAML with methods, seeds, grid and any option of lm_eval"
-    )
+    parser.add_argument("--config", "-C", type=Path, metavar="FILE", help=f"YAML with {keys} and any option of lm_eval")
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -261,13 +259,15 @@ def _add_tune(subparsers: Subparsers) -> None:
         usage="ttt-harness tune --tasks T --model_args pretrained=... [--grid AXIS=VALUES] [any option of lm_eval run]",
         allow_abbrev=False,
     )
-    _add_grid(parser)
+    _add_grid(parser, keys="seeds, grid")
     parser.add_argument("--seeds", metavar="SEEDS", help="42-46, 42,43 or 42: of the demonstrations and of the fits")
-    parser.add_argument("--folds", type=int, metavar="N", help="in which the demonstrations are held out (default: 5)")
     parser.add_argument(
-        "--orders", type=int, default=2, metavar="N", help="of the others, in which each is asked (default: 2)"
+        "--folds", type=int, metavar="N", help="folds of the demonstrations, each held out once (default: 5, or k)"
     )
-    parser.add_argument("--sample_tasks", type=int, metavar="N", help="search on so many of the tasks, drawn at random")
+    parser.add_argument(
+        "--orders", type=int, default=2, metavar="N", help="orders of the others before each question (default: 2)"
+    )
+    parser.add_argument("--sample_tasks", type=int, metavar="N", help="search on N of the tasks, drawn at random")
     parser.add_argument("--full", action="store_true", help="try every setting on every fold, and drop none early")
     parser.set_defaults(run=_tune, passes_options=True)
 
