@@ -109,3 +109,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (tmp_path / name / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
 
     return write
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is started in this process fails the test."""
+    import vllm
+
+    from ttt_harness.serving import engine
+
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(vllm.LLM, "__init__", started)
+    monkeypatch.setattr(engine.LLM, "__init__", started)

@@ -4,24 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import vllm
 
 from ttt_harness import cli
 from ttt_harness.adapters import find, open_store
-from ttt_harness.serving import engine
 
 TASKS = Path(__file__).parents[1] / "user_tasks"
 
 
 @pytest.fixture
-def call(tiny_model, tmp_path, monkeypatch, capsys):
+def call(tiny_model, tmp_path, no_engine, capsys):  # noqa: ARG001 - an engine that starts fails the test
     """Runs the command on two tasks, with the arguments of a small fit; an engine that starts fails the test."""
-
-    def no_engine(*_, **__):
-        raise AssertionError("an engine was started")
-
-    monkeypatch.setattr(vllm.LLM, "__init__", no_engine)
-    monkeypatch.setattr(engine.LLM, "__init__", no_engine)
     fit = f"num_permutations=2,fit_batch_size=1,lora_rank=4,dtype=float32,adapter_dir={tmp_path / 'store'}"
 
     def run(*options, args="k=2", tasks="capitals,antonyms"):

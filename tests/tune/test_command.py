@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import vllm
 
 from ttt_harness import cli
-from ttt_harness.serving import engine
 from ttt_harness.tuned import read_tuned
 
 TASKS = Path(__file__).parents[1] / "user_tasks"
@@ -15,14 +13,8 @@ FIT = "num_permutations=4,fit_batch_size=2,lora_rank=4,lora_alpha=8,dtype=float3
 
 
 @pytest.fixture
-def call(tiny_model, tmp_path, monkeypatch, capsys):
+def call(tiny_model, tmp_path, no_engine, monkeypatch, capsys):  # noqa: ARG001 - an engine that starts fails the test
     """Runs the command with a small grid; an engine that starts, or an adapter that is stored, fails the test."""
-
-    def no_engine(*_, **__):
-        raise AssertionError("an engine was started")
-
-    monkeypatch.setattr(vllm.LLM, "__init__", no_engine)
-    monkeypatch.setattr(engine.LLM, "__init__", no_engine)
     monkeypatch.setenv("TTT_CACHE_DIR", str(tmp_path / "cache"))
 
     def run(*options, args="", tasks="capitals,antonyms", fit=FIT, include=TASKS):
